@@ -1,0 +1,229 @@
+// Package job is the contract between raid and its runners: what a job is, what a
+// build file says, what a box is asked to do and what it answers.
+//
+// Both sides import it and it imports nothing of ours, so neither side can reach
+// into the other. Everything here is data with JSON names; the names of [Job] are
+// what `--json` prints and never change their meaning.
+package job
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+)
+
+// A State is where a job stands. Only sshd/queue moves a job on:
+//
+//	queued ──▶ running ──▶ succeeded | failed
+//	   │          └──▶ cancelling ──▶ cancelled   (or what the box said first)
+//	   └──▶ cancelled
+//
+// A running job whose runner is lost goes back to queued with a higher attempt.
+type State string
+
+const (
+	Queued     State = "queued"
+	Running    State = "running"
+	Cancelling State = "cancelling"
+	Succeeded  State = "succeeded"
+	Failed     State = "failed"
+	Cancelled  State = "cancelled"
+)
+
+// Final reports whether a job in state s will never change again.
+func (s State) Final() bool { return s == Succeeded || s == Failed || s == Cancelled }
+
+// A Reason says why a job ended. The verdicts are kept apart because only
+// ReasonExit may ever be graded, and only ReasonInfra is raid's own fault.
+type Reason string
+
+const (
+	ReasonExit        Reason = "exit"         // the last step that ran exited with Exit
+	ReasonSignal      Reason = "signal"       // a step died of a signal; Exit is 128+N
+	ReasonTimeout     Reason = "timeout"      // the wall-time limit; Exit is 124
+	ReasonOOM         Reason = "oom"          // the memory limit; Exit is 137
+	ReasonOutputLimit Reason = "output-limit" // over 16 times the output limit; Exit is 153
+	ReasonDiskLimit   Reason = "disk-limit"   // the disk limit; Exit is 153
+	ReasonKilled      Reason = "killed"       // the box died under its steps; Exit is 137
+	ReasonCancelled   Reason = "cancelled"    // somebody cancelled it; Exit is 130
+	ReasonInfra       Reason = "infra"        // not the job's fault; Exit is 125
+)
+
+// Exit statuses of raid itself. A job's own status passes through unchanged, so
+// each of these comes with a last line that names its reason.
+const (
+	ExitUsage     = 64  // EX_USAGE of sysexits.h: the command line is wrong
+	ExitInput     = 65  // EX_DATAERR: the tar, the build file or the job number is wrong
+	ExitTryLater  = 75  // EX_TEMPFAIL: disk full, store away, raid stopping
+	ExitTimeout   = 124 // as timeout(1)
+	ExitInfra     = 125 // as docker run: the tool failed, not the job
+	ExitRefused   = 126 // this key may not do that
+	ExitCancelled = 130 // 128 + SIGINT
+	ExitKilled    = 137 // 128 + SIGKILL, also out of memory
+	ExitLimit     = 153 // 128 + SIGXFSZ: output or disk limit
+)
+
+// Exit returns the exit status that goes with r when the job's own does not count.
+func (r Reason) Exit() int {
+	switch r {
+	case ReasonTimeout:
+		return ExitTimeout
+	case ReasonOOM, ReasonKilled:
+		return ExitKilled
+	case ReasonOutputLimit, ReasonDiskLimit:
+		return ExitLimit
+	case ReasonCancelled:
+		return ExitCancelled
+	}
+	return ExitInfra
+}
+
+// A Time is written as RFC 3339 UTC with milliseconds, and as null when zero.
+type Time struct{ time.Time }
+
+// At returns t as a Time, cut to the millisecond that its text can carry.
+func At(t time.Time) Time { return Time{t.UTC().Truncate(time.Millisecond)} }
+
+const timeLayout = "2006-01-02T15:04:05.000Z07:00"
+
+func (t Time) String() string { return t.UTC().Format(timeLayout) }
+
+// MarshalJSON writes null for the zero time.
+func (t Time) MarshalJSON() ([]byte, error) {
+	if t.IsZero() {
+		return []byte("null"), nil
+	}
+	return json.Marshal(t.String())
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote.
+func (t *Time) UnmarshalJSON(b []byte) error {
+	if string(b) == "null" {
+		*t = Time{}
+		return nil
+	}
+	var s string
+	if err := json.Unmarshal(b, &s); err != nil {
+		return err
+	}
+	p, err := time.Parse(time.RFC3339Nano, s)
+	if err != nil {
+		return fmt.Errorf("time %q: %w", s, err)
+	}
+	*t = At(p)
+	return nil
+}
+
+// A Job is one submission and its one result: the object every --json prints.
+type Job struct {
+	ID           int64   `json:"id"`
+	State        State   `json:"state"`
+	Reason       Reason  `json:"reason,omitempty"`
+	Exit         *int    `json:"exit"` // nil until the job ended
+	Signal       string  `json:"signal,omitempty"`
+	User         string  `json:"user"`
+	Team         string  `json:"team,omitempty"`
+	Pool         string  `json:"pool"`
+	Kind         string  `json:"kind"`
+	Name         string  `json:"name,omitempty"`
+	Engine       string  `json:"engine,omitempty"`
+	Image        string  `json:"image,omitempty"`
+	Runner       string  `json:"runner,omitempty"`
+	GPU          string  `json:"gpu,omitempty"`
+	Attempt      int     `json:"attempt"`
+	QueuedAt     Time    `json:"queued_at"`
+	StartedAt    Time    `json:"started_at"`  // when the current lease was granted
+	FinishedAt   Time    `json:"finished_at"` // when the result was committed
+	QueueWaitMS  int64   `json:"queue_wait_ms"`
+	PrepareMS    int64   `json:"prepare_ms"`
+	RunMS        int64   `json:"run_ms"`
+	CollectMS    int64   `json:"collect_ms"`
+	ChargedS     float64 `json:"charged_s"`
+	OutBytes     int64   `json:"out_bytes"`
+	SourceSHA256 string  `json:"source_sha256"`
+}
+
+// Tenant is whom fairness is between: the team, or the user without one.
+func (j *Job) Tenant() string {
+	if j.Team != "" {
+		return j.Team
+	}
+	return j.User
+}
+
+// A Record is all that raid keeps of a job: the public object and what only raid
+// and its runners need. It is one row of the store.
+type Record struct {
+	Job
+	Spec      Spec   `json:"spec"`
+	Source    string `json:"source,omitempty"`  // blob of the upload as it came; "" for none
+	Archive   string `json:"archive,omitempty"` // blob of /build as it came back; "" for none
+	Fence     uint64 `json:"fence,omitempty"`   // of the current attempt
+	Note      string `json:"note,omitempty"`    // a sentence about the end: what was left out, who cancelled
+	Steps     []Step `json:"steps,omitempty"`   // as the box timed them
+	Begun     bool   `json:"begun,omitempty"`   // the first step has started: a dead box is the job's verdict now
+	CancelBy  string `json:"cancel_by,omitempty"`
+	Weakness  string `json:"weakness,omitempty"` // limits that did not hold in this box, in words
+	GPUDriver string `json:"gpu_driver,omitempty"`
+}
+
+// A Spec is what one job asks a box to do, after defaults, roles and limits.
+type Spec struct {
+	Image     string   `json:"image,omitempty"`
+	Steps     []string `json:"steps"`                // shell lines, run in order
+	KeepGoing bool     `json:"keep_going,omitempty"` // run later steps after one failed, as RAI did
+	TTY       bool     `json:"tty,omitempty"`
+	Network   bool     `json:"network,omitempty"`
+	GPUs      int      `json:"gpus,omitempty"`
+	GPUArch   string   `json:"gpu_arch,omitempty"`
+	CPUArch   string   `json:"cpu_arch,omitempty"`
+	Limits    Limits   `json:"limits"`
+}
+
+// Limits bound one attempt. Zero means no limit, except that Time is never zero
+// in a job that was accepted.
+type Limits struct {
+	Time     time.Duration `json:"time"`               // wall time of all steps together
+	Memory   int64         `json:"memory,omitempty"`   // bytes, swap included
+	CPUs     float64       `json:"cpus,omitempty"`     // cores
+	Pids     int           `json:"pids,omitempty"`     // processes and threads
+	Output   int64         `json:"output,omitempty"`   // bytes kept; 16 times as many end the job
+	Disk     int64         `json:"disk,omitempty"`     // bytes in /src, /build and /tmp together
+	Artifact int64         `json:"artifact,omitempty"` // bytes of /build that come back
+}
+
+// OutputEnd is how many times Limits.Output a job may print before it is ended.
+const OutputEnd = 16
+
+// A Step is one line of the build and how it went.
+type Step struct {
+	N      int    `json:"n"` // from 1
+	Of     int    `json:"of"`
+	Line   string `json:"line"`
+	Begin  bool   `json:"begin,omitempty"` // this frame announces the step; the rest is not known yet
+	Exit   int    `json:"exit"`
+	Signal string `json:"signal,omitempty"`
+	WallMS int64  `json:"wall_ms"`
+	UserMS int64  `json:"user_ms"`
+	SysMS  int64  `json:"sys_ms"`
+	RSSKiB int64  `json:"rss_kib"` // largest resident set of one process
+}
+
+// A Result is how an attempt ended, as its runner reports it, once.
+type Result struct {
+	Reason    Reason `json:"reason"`
+	Exit      int    `json:"exit"`
+	Signal    string `json:"signal,omitempty"`
+	Note      string `json:"note,omitempty"`
+	Steps     []Step `json:"steps,omitempty"`
+	PrepareMS int64  `json:"prepare_ms"` // lease granted → first step started
+	RunMS     int64  `json:"run_ms"`     // first step started → last process gone, measured outside the box
+	CollectMS int64  `json:"collect_ms"` // → /build is on the runner's disk
+	OutBytes  int64  `json:"out_bytes"`  // bytes of stdout and stderr the job printed, dropped ones included
+	Engine    string `json:"engine"`
+	Image     string `json:"image,omitempty"`
+	GPU       string `json:"gpu,omitempty"`
+	GPUDriver string `json:"gpu_driver,omitempty"`
+	Weakness  string `json:"weakness,omitempty"`
+	Begun     bool   `json:"begun"` // a step had started
+}

@@ -1,0 +1,54 @@
+package job
+
+// The lines of `runner join`: one JSON object a line, both ways. A runner opens
+// with Hello; from then on it sends Beats and raid sends Calls.
+
+// Protocol is the number both sides must agree on in Hello. It changes when a
+// frame or a line changes its meaning.
+const Protocol = 1
+
+// Hello is the first line of a runner.
+type Hello struct {
+	Protocol int      `json:"protocol"`
+	Name     string   `json:"name"` // shown to users; the key, not the name, is the identity
+	Pools    []string `json:"pools"`
+	Engine   string   `json:"engine"`
+	Arch     string   `json:"arch"`           // GOARCH
+	GPUs     []string `json:"gpus,omitempty"` // models, one each
+	Weakness string   `json:"weakness,omitempty"`
+	Held     *Lease   `json:"held,omitempty"` // what it is running, or whose result it still has
+	Draining bool     `json:"draining,omitempty"`
+}
+
+// A Lease names one attempt of one job. Whoever shows its fence holds the lease.
+type Lease struct {
+	Job   int64  `json:"job"`
+	Fence uint64 `json:"fence"`
+}
+
+// A Beat is what a runner says every few seconds and whenever something changed.
+type Beat struct {
+	Held     *Lease `json:"held,omitempty"` // renews this lease
+	Idle     bool   `json:"idle,omitempty"` // wants an offer
+	Draining bool   `json:"draining,omitempty"`
+}
+
+// A Call is what raid says to a runner. Exactly one field is set.
+type Call struct {
+	Offer  *Offer `json:"offer,omitempty"`
+	Cancel *Lease `json:"cancel,omitempty"` // end it: the owner asked
+	Stale  *Lease `json:"stale,omitempty"`  // end it and forget it: another attempt owns the job
+	Beat   bool   `json:"beat,omitempty"`   // the last beat arrived and counted
+}
+
+// An Offer hands a lease to a runner.
+type Offer struct {
+	Lease
+	Attempt int    `json:"attempt"`
+	User    string `json:"user"`
+	Team    string `json:"team,omitempty"`
+	Pool    string `json:"pool"`
+	Spec    Spec   `json:"spec"`
+	Source  bool   `json:"source"`        // there is a tar to fetch
+	Say     string `json:"say,omitempty"` // the line this attempt's log begins with
+}
