@@ -159,6 +159,7 @@ type Record struct {
 	Source    string `json:"source,omitempty"`  // blob of the upload as it came; "" for none
 	Archive   string `json:"archive,omitempty"` // blob of /build as it came back; "" for none
 	Fence     uint64 `json:"fence,omitempty"`   // of the current attempt
+	Holder    string `json:"holder,omitempty"`  // fingerprint of the runner key that holds the lease
 	Note      string `json:"note,omitempty"`    // a sentence about the end: what was left out, who cancelled
 	Steps     []Step `json:"steps,omitempty"`   // as the box timed them
 	Begun     bool   `json:"begun,omitempty"`   // the first step has started: a dead box is the job's verdict now

@@ -1,0 +1,449 @@
+// Package queue is the scheduler: a deterministic state machine that says which job
+// runs next on which runner, and why.
+//
+// A [Core] is fed commands, one at a time, each with the time it happened at. It
+// answers with replies, with offers and stops for runners, and with the rows that
+// changed. It does no I/O, asks no clock, draws no random numbers, and depends on
+// no map order, so the same commands give the same rows on every machine and with
+// every store. Whoever owns a Core commits [Core.Flush] before any reply leaves.
+//
+// Fairness is between tenants (a team, or a user without one) and then between the
+// users of a tenant, in GPU-seconds: each node of the tree carries a virtual time,
+// the charge it has used; the smallest runs next. A dispatch is charged an estimate
+// at once, topped up while it runs and settled when it ends (start-time fair
+// queueing with unknown lengths: Goyal, Vin and Cheng 1996; Sheng et al., OSDI '24).
+//
+// Promises: a job is in exactly one state; a lease is held by one key at a time and
+// every write without its fence is refused; a job nobody acknowledged is never run,
+// and one that was acknowledged is never lost by anything that happens here.
+// Non-goals: preemption, and knowing how long a job will take.
+package queue
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/rai-project/raid/runner/job"
+)
+
+// Millis is a time or a span in milliseconds. Times are since the Unix epoch.
+type Millis = int64
+
+// A Policy holds what staff may choose. Its zero value is not useful; start from
+// [DefaultPolicy].
+type Policy struct {
+	Lease    Millis // silence after which a runner has lost its job
+	Attempts int    // how often a job may be tried when it is not its own fault
+	Burst    Millis // GPU-milliseconds of credit a returning tenant gets
+	FirstGo  Millis // estimate for somebody's first job
+	MinGo    Millis // least estimate, and least charge of a job its owner cancelled
+}
+
+// DefaultPolicy is what raid ships with.
+func DefaultPolicy() Policy {
+	return Policy{Lease: 30_000, Attempts: 3, Burst: 60_000, FirstGo: 60_000, MinGo: 5_000}
+}
+
+// Errors that Apply returns, wrapped.
+var (
+	ErrNoJob    = errors.New("no such job")
+	ErrFinished = errors.New("the job has ended")
+	ErrStale    = errors.New("stale fence")
+)
+
+// A Core is the scheduler's whole state. It is not safe for concurrent use.
+type Core struct {
+	policy  Policy
+	next    int64 // id of the next job
+	fence   uint64
+	jobs    map[int64]*entry // unfinished jobs
+	pools   map[string]*node
+	runners map[string]*Runner // by the fingerprint of their key
+
+	dirty   map[int64]bool   // jobs to write
+	ended   []*job.Record    // jobs that finished since the last Flush
+	charged map[*node]bool   // nodes to write
+	met     map[*Runner]bool // runners to write
+	meta    bool             // counters to write
+	out     Effects
+}
+
+// An entry is an unfinished job with what the core needs beside its record.
+type entry struct {
+	job.Record
+	heard   Millis // when its runner was last heard of; running jobs only
+	granted Millis
+	charge  Millis // GPU-milliseconds charged for this attempt so far
+}
+
+// A Runner is one slot, as its last hello described it.
+type Runner struct {
+	ID        string   `json:"id"` // fingerprint of its key
+	Name      string   `json:"name"`
+	Pools     []string `json:"pools"`
+	Engine    string   `json:"engine"`
+	Arch      string   `json:"arch"`
+	GPUs      []string `json:"gpus,omitempty"`
+	Weakness  string   `json:"weakness,omitempty"`
+	Seen      Millis   `json:"seen"`
+	Connected bool     `json:"-"`
+	Idle      bool     `json:"-"`
+	Draining  bool     `json:"-"`
+	Job       int64    `json:"-"` // the job it runs, 0 for none
+}
+
+// Effects are what happened beside the rows. They are carried out after the commit.
+type Effects struct {
+	Offers  []Offer
+	Stops   []Stop
+	Changed []job.Record // every job that changed its state, as it is now
+}
+
+// An Offer goes to the runner that holds the new lease.
+type Offer struct {
+	Runner string
+	job.Offer
+}
+
+// A Stop tells a runner to end what it runs.
+type Stop struct {
+	Runner string
+	Lease  job.Lease
+	Stale  bool // forget the result too
+}
+
+// New returns an empty core.
+func New(p Policy) *Core {
+	return &Core{
+		policy: p, next: 1,
+		jobs: map[int64]*entry{}, pools: map[string]*node{}, runners: map[string]*Runner{},
+		dirty: map[int64]bool{}, charged: map[*node]bool{}, met: map[*Runner]bool{},
+	}
+}
+
+// A Command is something that happened. The reply's type is said by each command.
+type Command interface {
+	apply(c *Core, now Millis) (reply any, err error)
+}
+
+// Apply lets cmd happen at now and starts whatever can start because of it. An
+// error means that nothing changed. Times must not run backwards by more than a
+// lease; small steps back are harmless.
+func (c *Core) Apply(now Millis, cmd Command) (reply any, err error) {
+	if reply, err = cmd.apply(c, now); err == nil {
+		c.dispatch(now)
+	}
+	return reply, err
+}
+
+// Submit queues a job. Record must carry User, Team, Pool, Kind, Spec and Source;
+// the reply is the *job.Record with its id.
+type Submit struct{ Record job.Record }
+
+func (s Submit) apply(c *Core, now Millis) (any, error) {
+	e := &entry{Record: s.Record}
+	e.ID, e.State, e.Attempt = c.next, job.Queued, 0
+	e.QueuedAt = at(now)
+	c.next++
+	c.meta = true
+	c.jobs[e.ID] = e
+	c.enqueue(e)
+	c.changed(e)
+	r := e.Record
+	return &r, nil
+}
+
+// Cancel ends a job: at once when it is queued, through its runner when it runs.
+// The reply is the *job.Record as it is then.
+type Cancel struct {
+	Job int64
+	By  string // who, for the record
+}
+
+func (x Cancel) apply(c *Core, now Millis) (any, error) {
+	e := c.jobs[x.Job]
+	if e == nil {
+		return nil, ErrNoJob
+	}
+	switch e.State {
+	case job.Queued:
+		e.CancelBy = x.By
+		c.finish(e, now, job.Result{Reason: job.ReasonCancelled, Exit: job.ExitCancelled})
+	case job.Running:
+		e.CancelBy = x.By
+		e.State = job.Cancelling
+		c.changed(e)
+		c.out.Stops = append(c.out.Stops, Stop{Runner: e.Holder, Lease: e.lease()})
+	}
+	r := e.Record
+	return &r, nil
+}
+
+// Join says that a runner is connected. A lease it was thought to hold and does not
+// claim is over: the process that held it is gone. The reply is nil.
+type Join struct {
+	Runner Runner
+	Held   *job.Lease
+}
+
+func (j Join) apply(c *Core, now Millis) (any, error) {
+	r := c.runners[j.Runner.ID]
+	if r == nil {
+		r = &Runner{}
+		c.runners[j.Runner.ID] = r
+	}
+	running := r.Job
+	*r = j.Runner
+	r.Seen, r.Connected, r.Idle, r.Job = now, true, false, running
+	c.met[r] = true
+	if e := c.jobs[r.Job]; e != nil && (j.Held == nil || *j.Held != e.lease()) {
+		c.lost(e, now, fmt.Sprintf("runner %s was restarted", e.Runner))
+	}
+	c.claim(r, j.Held, now)
+	return nil, nil
+}
+
+// Beat renews what a runner holds and says whether it wants work. The reply is nil.
+type Beat struct {
+	Runner         string
+	Held           *job.Lease
+	Idle, Draining bool
+}
+
+func (b Beat) apply(c *Core, now Millis) (any, error) {
+	r := c.runners[b.Runner]
+	if r == nil || !r.Connected {
+		return nil, ErrStale
+	}
+	r.Seen, r.Draining = now, b.Draining
+	c.claim(r, b.Held, now)
+	r.Idle = b.Idle && b.Held == nil && r.Job == 0
+	return nil, nil
+}
+
+// claim renews the lease a runner shows, or tells it that the lease is stale.
+func (c *Core) claim(r *Runner, held *job.Lease, now Millis) {
+	if held == nil {
+		return
+	}
+	e := c.jobs[held.Job]
+	if e == nil || !e.heldBy(r.ID, held.Fence) {
+		c.out.Stops = append(c.out.Stops, Stop{Runner: r.ID, Lease: *held, Stale: true})
+		return
+	}
+	r.Job = e.ID
+	e.heard = now
+	c.topUp(e, now)
+	if e.State == job.Cancelling { // it may have missed the first word
+		c.out.Stops = append(c.out.Stops, Stop{Runner: r.ID, Lease: *held})
+	}
+}
+
+// Leave says that a runner's connection ended. Its lease goes on. The reply is nil.
+type Leave struct{ Runner string }
+
+func (l Leave) apply(c *Core, now Millis) (any, error) {
+	if r := c.runners[l.Runner]; r != nil {
+		r.Connected, r.Idle, r.Seen = false, false, now
+		c.met[r] = true
+	}
+	return nil, nil
+}
+
+// Begin says that the first step of an attempt has started: from now on the death
+// of its box is the job's own verdict. The reply is nil.
+type Begin struct {
+	Runner string
+	Lease  job.Lease
+}
+
+func (b Begin) apply(c *Core, now Millis) (any, error) {
+	e, err := c.held(b.Runner, b.Lease)
+	if err != nil {
+		return nil, err
+	}
+	if !e.Begun {
+		e.Begun, e.heard = true, now
+		c.changed(e)
+	}
+	return nil, nil
+}
+
+// Finish delivers the result of an attempt. The reply is the *job.Record: final, or
+// queued again when the failure was not the job's.
+type Finish struct {
+	Runner  string
+	Lease   job.Lease
+	Result  job.Result
+	Archive string // blob of /build, "" for none
+}
+
+func (f Finish) apply(c *Core, now Millis) (any, error) {
+	e, err := c.held(f.Runner, f.Lease)
+	if err != nil {
+		return nil, err
+	}
+	c.release(e)
+	if f.Result.Reason == job.ReasonInfra {
+		c.retry(e, now, f.Result.Note)
+	} else {
+		e.Archive = f.Archive
+		c.finish(e, now, f.Result)
+	}
+	r := e.Record
+	return &r, nil
+}
+
+// Tick lets time pass: leases that were not renewed are taken back. The reply is nil.
+type Tick struct{}
+
+func (Tick) apply(c *Core, now Millis) (any, error) {
+	for _, id := range c.ids() {
+		e := c.jobs[id]
+		if e.State != job.Queued && now-e.heard >= c.policy.Lease {
+			c.lost(e, now, fmt.Sprintf("runner %s was lost", e.Runner))
+		}
+	}
+	return nil, nil
+}
+
+// NextTick returns when the next Tick can change something; ok is false for never.
+func (c *Core) NextTick() (when Millis, ok bool) {
+	for _, e := range c.jobs {
+		if t := e.heard + c.policy.Lease; e.State != job.Queued && (!ok || t < when) {
+			when, ok = t, true
+		}
+	}
+	return when, ok
+}
+
+// held returns the job whose lease the runner shows.
+func (c *Core) held(runner string, l job.Lease) (*entry, error) {
+	e := c.jobs[l.Job]
+	if e == nil || !e.heldBy(runner, l.Fence) {
+		return nil, fmt.Errorf("job %d fence %d: %w", l.Job, l.Fence, ErrStale)
+	}
+	return e, nil
+}
+
+// lost takes a job from a runner nobody hears of any more.
+func (c *Core) lost(e *entry, now Millis, why string) {
+	c.out.Stops = append(c.out.Stops, Stop{Runner: e.Holder, Lease: e.lease(), Stale: true})
+	c.release(e)
+	c.retry(e, now, why)
+}
+
+// release takes the lease from the runner that holds it.
+func (c *Core) release(e *entry) {
+	if r := c.runners[e.Holder]; r != nil && r.Job == e.ID {
+		r.Job = 0
+	}
+}
+
+// retry queues a job again that failed without its own fault, unless it was tried
+// often enough or somebody cancelled it meanwhile.
+func (c *Core) retry(e *entry, now Millis, why string) {
+	c.refund(e)
+	switch {
+	case e.State == job.Cancelling:
+		c.finish(e, now, job.Result{Reason: job.ReasonCancelled, Exit: job.ExitCancelled})
+	case e.Attempt >= c.policy.Attempts:
+		c.finish(e, now, job.Result{Reason: job.ReasonInfra, Exit: job.ExitInfra,
+			Note: fmt.Sprintf("given up after %d attempts: %s", e.Attempt, why)})
+	default:
+		e.State, e.Note, e.Begun = job.Queued, why, false
+		e.Holder, e.Runner, e.Fence = "", "", 0
+		e.StartedAt = job.Time{}
+		c.enqueue(e)
+		c.changed(e)
+	}
+}
+
+// finish gives a job its one result.
+func (c *Core) finish(e *entry, now Millis, res job.Result) {
+	c.dequeue(e)
+	c.settle(e, now, res.Reason == job.ReasonCancelled)
+	exit := res.Exit
+	e.State, e.Reason, e.Exit, e.Signal = verdict(res), res.Reason, &exit, res.Signal
+	e.Note, e.Steps, e.Begun = res.Note, res.Steps, res.Begun
+	e.PrepareMS, e.RunMS, e.CollectMS, e.OutBytes = res.PrepareMS, res.RunMS, res.CollectMS, res.OutBytes
+	e.Engine, e.GPU, e.GPUDriver, e.Weakness = cmp.Or(res.Engine, e.Engine), res.GPU, res.GPUDriver, res.Weakness
+	e.FinishedAt = at(now)
+	if e.StartedAt.IsZero() {
+		e.QueueWaitMS = now - e.QueuedAt.UnixMilli()
+	}
+	delete(c.jobs, e.ID)
+	delete(c.dirty, e.ID)
+	c.ended = append(c.ended, &e.Record)
+	c.out.Changed = append(c.out.Changed, e.Record)
+}
+
+// verdict is the state a result leads to. A job that was being cancelled and ended
+// by itself first keeps what the box said.
+func verdict(res job.Result) job.State {
+	switch {
+	case res.Reason == job.ReasonCancelled:
+		return job.Cancelled
+	case res.Reason == job.ReasonExit && res.Exit == 0:
+		return job.Succeeded
+	}
+	return job.Failed
+}
+
+func (c *Core) changed(e *entry) {
+	c.dirty[e.ID] = true
+	c.out.Changed = append(c.out.Changed, e.Record)
+}
+
+// Effects returns what happened since the last call, beside the rows.
+func (c *Core) Effects() Effects {
+	out := c.out
+	c.out = Effects{}
+	return out
+}
+
+// Job returns an unfinished job.
+func (c *Core) Job(id int64) (job.Record, bool) {
+	if e := c.jobs[id]; e != nil {
+		return e.Record, true
+	}
+	return job.Record{}, false
+}
+
+// Jobs returns every unfinished job, oldest first.
+func (c *Core) Jobs() []job.Record {
+	var all []job.Record
+	for _, id := range c.ids() {
+		all = append(all, c.jobs[id].Record)
+	}
+	return all
+}
+
+// Runners returns every runner seen, by name.
+func (c *Core) Runners() []Runner {
+	var all []Runner
+	for _, r := range c.runners {
+		all = append(all, *r)
+	}
+	slices.SortFunc(all, func(a, b Runner) int {
+		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID))
+	})
+	return all
+}
+
+func (c *Core) ids() []int64 {
+	ids := make([]int64, 0, len(c.jobs))
+	for id := range c.jobs {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+func (e *entry) lease() job.Lease { return job.Lease{Job: e.ID, Fence: e.Fence} }
+
+func (e *entry) heldBy(runner string, fence uint64) bool {
+	return e.State != job.Queued && e.Holder == runner && e.Fence == fence
+}

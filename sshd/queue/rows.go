@@ -1,0 +1,162 @@
+package queue
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/rai-project/raid/runner/job"
+)
+
+// Tables the core keeps. A finished job moves from TableJob to TablePast, which
+// the core never reads again: history is the store's.
+const (
+	TableMeta   = "meta"
+	TableJob    = "job"
+	TablePast   = "past"
+	TableNode   = "node"
+	TableRunner = "runner"
+)
+
+// Tables are what Load needs, in the order it needs them.
+func Tables() []string { return []string{TableMeta, TableNode, TableRunner, TableJob} }
+
+// The lists a finished job stands in, by its id.
+const ListAll = "all"
+
+// ListUser names the list of a user's finished jobs.
+func ListUser(user string) string { return "user/" + user }
+
+// ListTeam names the list of a team's finished jobs.
+func ListTeam(team string) string { return "team/" + team }
+
+// Key is the key of a job's row.
+func Key(id int64) string { return fmt.Sprintf("%016d", id) }
+
+type metaRow struct {
+	Next  int64  `json:"next"`
+	Fence uint64 `json:"fence"`
+}
+
+type nodeRow struct {
+	Used  Millis `json:"used"`
+	Start Millis `json:"start,omitempty"`
+	Guess Millis `json:"guess,omitempty"`
+}
+
+type jobRow struct {
+	job.Record
+	Granted Millis `json:"granted,omitempty"`
+	Charge  Millis `json:"charge,omitempty"`
+}
+
+// Flush returns the rows that changed since the last call, in an order that
+// depends on nothing but the commands.
+func (c *Core) Flush() []Write {
+	var w []Write
+	put := func(table, key string, v any) { w = append(w, Write{Row: Row{table, key, encode(v)}}) }
+	if c.meta {
+		put(TableMeta, "core", metaRow{c.next, c.fence})
+	}
+	for _, n := range sorted(c.charged, func(n *node) string { return n.key }) {
+		put(TableNode, n.key, nodeRow{n.used, n.start, n.guess})
+	}
+	for _, r := range sorted(c.met, func(r *Runner) string { return r.ID }) {
+		put(TableRunner, r.ID, r)
+	}
+	for _, id := range sorted(c.dirty, Key) {
+		e := c.jobs[id]
+		put(TableJob, Key(id), jobRow{e.Record, e.granted, e.charge})
+	}
+	for _, rec := range c.ended {
+		w = append(w, Write{Row: Row{TableJob, Key(rec.ID), nil}},
+			Write{Row: Row{TablePast, Key(rec.ID), encode(rec)}, Lists: lists(rec), Score: rec.ID})
+	}
+	c.meta, c.ended = false, nil
+	clear(c.charged)
+	clear(c.met)
+	clear(c.dirty)
+	return w
+}
+
+func lists(rec *job.Record) []string {
+	l := []string{ListAll, ListUser(rec.User)}
+	if rec.Team != "" {
+		l = append(l, ListTeam(rec.Team))
+	}
+	return l
+}
+
+// LoadRow takes one row of Tables back, in their order. now restarts the clock of
+// every lease: only silence that raid could have heard counts.
+func (c *Core) LoadRow(now Millis, row Row) error {
+	var err error
+	switch row.Table {
+	case TableMeta:
+		var m metaRow
+		err = json.Unmarshal(row.Value, &m)
+		c.next, c.fence = m.Next, m.Fence
+	case TableNode:
+		err = c.loadNode(row)
+	case TableRunner:
+		r := &Runner{}
+		err = json.Unmarshal(row.Value, r)
+		c.runners[row.Key] = r
+	case TableJob:
+		err = c.loadJob(now, row)
+	}
+	if err != nil {
+		return fmt.Errorf("row %s %q: %w", row.Table, row.Key, err)
+	}
+	return nil
+}
+
+func (c *Core) loadNode(row Row) error {
+	var r nodeRow
+	if err := json.Unmarshal(row.Value, &r); err != nil {
+		return err
+	}
+	parts := strings.SplitN(row.Key, "/", 3)
+	n := c.pool(parts[0])
+	for i, name := range parts[1:] {
+		n = n.child(name, i == 0)
+	}
+	n.used, n.start, n.guess = r.Used, r.Start, r.Guess
+	return nil
+}
+
+func (c *Core) loadJob(now Millis, row Row) error {
+	var r jobRow
+	if err := json.Unmarshal(row.Value, &r); err != nil {
+		return err
+	}
+	e := &entry{Record: r.Record, granted: r.Granted, charge: r.Charge, heard: now}
+	c.jobs[e.ID] = e
+	if e.State == job.Queued {
+		c.enqueue(e)
+		return nil
+	}
+	if h := c.runners[e.Holder]; h != nil {
+		h.Job = e.ID
+	}
+	return nil
+}
+
+func encode(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic("queue: a row that is not JSON: " + err.Error()) // our own types; cannot happen
+	}
+	return b
+}
+
+func sorted[K comparable, S cmp.Ordered](set map[K]bool, by func(K) S) []K {
+	keys := make([]K, 0, len(set))
+	for k := range set {
+		keys = append(keys, k)
+	}
+	slices.SortFunc(keys, func(a, b K) int { return cmp.Compare(by(a), by(b)) })
+	return keys
+}
