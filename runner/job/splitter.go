@@ -75,11 +75,11 @@ func (s *Splitter) fill() error {
 func split(b []byte) (run Run, n int, err error) {
 	for len(b)-n >= HeaderLen {
 		k, size, err := ParseHeader(b[n:])
-		if err != nil {
+		if err != nil && n == 0 {
 			return Run{}, 0, err
 		}
-		if len(b)-n < HeaderLen+size {
-			break
+		if err != nil || len(b)-n < HeaderLen+size {
+			break // what came before it goes first
 		}
 		if !k.Logged() {
 			if n == 0 {
