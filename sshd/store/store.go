@@ -6,6 +6,11 @@
 // Commit returns nil the batch survives a power cut; and a commit against another
 // revision than the newest changes nothing and says so. Non-goals: scheduling,
 // queries a list cannot answer, and more than one writer at a time.
+//
+// There is [NewMemory] for tests, whose rows outlive a Close so that a test can
+// restart what it tests, and [OpenSQLite], the default. [Fault] wraps either and
+// fails on demand. Tables, keys, list names and values are plain bytes: nothing
+// in them is special, and order is always the order of bytes.
 package store
 
 import (
@@ -31,6 +36,9 @@ var ErrNotFound = errors.New("store: no such row")
 // ErrLocked is returned when another process has the store open.
 var ErrLocked = errors.New("store: in use by another process")
 
+// ErrClosed is returned by every method but Close once Close was called.
+var ErrClosed = errors.New("store: closed")
+
 // A Rev counts the commits of a store.
 type Rev uint64
 
@@ -41,13 +49,17 @@ type Store interface {
 	// and key, and returns the revision they belong to. fn keeps the row.
 	Load(ctx context.Context, tables []string, fn func(queue.Row) error) (Rev, error)
 	// Commit applies writes in order if the newest revision is prev, and returns
-	// the new one. It returns after the batch is durable.
+	// the new one. It returns after the batch is durable. The revision grows by one,
+	// for an empty batch too; a new store stands at 0. Commit keeps nothing of writes.
+	// ctx is heeded until the batch begins; a batch that has begun is finished.
 	Commit(ctx context.Context, prev Rev, writes []queue.Write) (Rev, error)
 	// Get returns one row's value, or ErrNotFound.
 	Get(ctx context.Context, table, key string) ([]byte, error)
 	// List returns at most n rows of a list, highest score first, whose score is
-	// below before (0: no bound).
+	// below before (0: no bound). Rows of one score come by table, then key, both
+	// descending.
 	List(ctx context.Context, list string, before int64, n int) ([]queue.Row, error)
-	// Close releases the store. No other method may be called after it.
+	// Close releases the store. No other method may be called after it. A second
+	// Close does nothing.
 	Close() error
 }
