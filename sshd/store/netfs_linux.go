@@ -62,7 +62,7 @@ func networkFS(magic uint32) string {
 // what stands behind a FUSE mount, its magic does not tell.
 func networkFUSE(typ string) string {
 	switch typ {
-	case "fuseblk", "fuse.fuse-overlayfs", "virtiofs", "fuse.mergerfs":
+	case "fuseblk", "fuse.fuse-overlayfs", "virtiofs":
 		return ""
 	case "":
 		return "FUSE"

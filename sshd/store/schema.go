@@ -22,7 +22,8 @@ func migrations() []string {
 	return []string{`
 CREATE TABLE meta (one INTEGER PRIMARY KEY CHECK (one = 1), rev INTEGER NOT NULL, settled INTEGER NOT NULL) STRICT;
 INSERT INTO meta VALUES (1, 0, 0);
-CREATE TABLE row (tbl BLOB NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, UNIQUE (tbl, key)) STRICT;
+CREATE TABLE row (tbl BLOB NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, places BLOB NOT NULL,
+	UNIQUE (tbl, key)) STRICT;
 CREATE TABLE list (name BLOB NOT NULL, score INTEGER NOT NULL, tbl BLOB NOT NULL, key BLOB NOT NULL,
 	PRIMARY KEY (name, score, tbl, key)) STRICT, WITHOUT ROWID;
 CREATE INDEX list_row ON list (tbl, key);
