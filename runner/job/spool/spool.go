@@ -1,0 +1,682 @@
+// Package spool keeps the log of one attempt on disk, so that a job waits for
+// nothing but a local write and everybody else follows at their own pace.
+//
+// A log is the frames of package job (out, err, raid, mark) one after the other,
+// exactly as they came. An offset into it is *logical*: the bytes of frames since
+// the attempt began, dropped ones included. Runner and raid keep the same frames,
+// so raid's log is a prefix of the runner's and resuming is one number, [Log.Size].
+//
+// On disk a log is a folder of segments. A segment is named by the logical offset
+// of its first byte, "%016x.seg", and is cut between frames. Where bytes are missing
+// before a segment the name also says from where: "%016x-%016x.seg", start and the
+// first byte missing. So the chain of names and sizes proves itself: a segment that
+// a power cut left short shows as a broken chain, and the log is cut back to there.
+// An empty file "sealed" says that the log is complete. Another process can follow
+// the files if it is told when they grow.
+//
+// Over the limit the middle goes: the first half and the newest half stay.
+//
+// Promises: a reader never slows Append; every reader sees the same bytes; memory
+// does not grow with the log, its frames, or readers that wait; what a log holds
+// survives the death of the process, and after Sync or Seal a power cut.
+// Non-goals: two writers of one folder, and looking into payloads.
+package spool
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+	"strings"
+	"sync"
+
+	"github.com/rai-project/raid/runner/job"
+)
+
+// ErrSealed is returned by Append for a log that is complete.
+var ErrSealed = errors.New("spool: log is sealed")
+
+const (
+	minSegment  = 4 << 10
+	maxSegment  = 64 << 20
+	maxSegments = 4096    // so that a peer who sends gaps only cannot fill a folder
+	maxEnd      = 1 << 56 // of logical offsets: sums of a few stay far from overflow
+	gapLen      = job.HeaderLen + 8
+	sealedName  = "sealed"
+)
+
+// Options of a log.
+type Options struct {
+	// Limit is how many bytes of frames stay on disk: the first half and the newest
+	// half. A segment that would be a sixteenth of it is never smaller than 4 KiB,
+	// and a single frame is never cut, so it may be exceeded by that much. 0: all.
+	Limit int64
+}
+
+// A Log is one attempt's log, open for appending. All methods are safe for
+// concurrent use.
+type Log struct {
+	dir string
+
+	append sync.Mutex // held by what changes the log, also while it writes; taken before mu
+	limit  int64      // guarded by append
+
+	mu     sync.Mutex // guards the following; never held during a read, write or fsync of data
+	segs   []*segment // ascending; the last is the one that grows
+	kept   int64      // bytes in segs
+	sealed bool
+	closed bool
+	named  bool          // names changed since the folder was last synced
+	bell   chan struct{} // closed when there is news; nil while nobody waits
+
+	buffers sync.Pool // of *[]byte, bulk long
+}
+
+// A segment is one file. start and hole change only while it is empty.
+type segment struct {
+	start  int64    // logical offset of its first byte
+	hole   int64    // what is missing before it begins here; start when nothing is
+	size   int64    // whole frames that readers may see
+	synced int64    // bytes of it known to be on the platter
+	file   *os.File // nil while nobody uses it
+	users  int      // of file
+}
+
+func (s *segment) end() int64 { return s.start + s.size }
+
+func (s *segment) name() string {
+	if s.hole == s.start {
+		return fmt.Sprintf("%016x.seg", s.start)
+	}
+	return fmt.Sprintf("%016x-%016x.seg", s.start, s.hole)
+}
+
+// parseName reads what name wrote; sizes are the caller's business.
+func parseName(name string) (*segment, bool) {
+	base, ok := strings.CutSuffix(name, ".seg")
+	if !ok {
+		return nil, false
+	}
+	var s segment
+	start, hole, gap := strings.Cut(base, "-")
+	if _, err := fmt.Sscanf(start, "%x", &s.start); err != nil {
+		return nil, false
+	}
+	s.hole = s.start
+	if gap {
+		if _, err := fmt.Sscanf(hole, "%x", &s.hole); err != nil {
+			return nil, false
+		}
+	}
+	// Only what name writes is ours, and it keeps the numbers in their bounds.
+	return &s, s.name() == name && s.hole >= 0 && s.hole <= s.start && s.start <= maxEnd
+}
+
+// Open opens the log in dir, which it makes (0700) if need be. A log that was not
+// sealed is cut back to its last whole frame; whatever was there before that is kept.
+// The caller closes the log. Only one Log of a folder may be open.
+func Open(dir string, o Options) (*Log, error) {
+	l := &Log{dir: dir, limit: o.Limit}
+	l.buffers.New = func() any { b := make([]byte, bulk); return &b }
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("open spool: %w", err)
+	}
+	if err := l.recover(); err != nil {
+		return nil, fmt.Errorf("open spool %s: %w", dir, err)
+	}
+	return l, nil
+}
+
+// recover finds the chain of segments in the folder and makes its last one the
+// current one, or makes the first.
+func (l *Log) recover() error {
+	found, err := l.list()
+	if err != nil {
+		return err
+	}
+	n := chain(found)
+	for _, s := range found[:n] {
+		l.kept += s.size
+	}
+	l.segs = found[:n]
+	if l.sealed {
+		return nil
+	}
+	for _, s := range found[n:] {
+		if err := os.Remove(l.path(s)); err != nil {
+			return err
+		}
+	}
+	l.named = true
+	if n == 0 {
+		return l.create(&segment{})
+	}
+	return l.cut()
+}
+
+// list returns the segments in the folder by their start, sizes as they are on disk.
+func (l *Log) list() ([]*segment, error) {
+	entries, err := os.ReadDir(l.dir)
+	if err != nil {
+		return nil, err
+	}
+	var found []*segment
+	for _, e := range entries {
+		if e.Name() == sealedName {
+			l.sealed = true
+		}
+		s, ok := parseName(e.Name())
+		if !ok || !e.Type().IsRegular() {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			return nil, err
+		}
+		s.size = info.Size()
+		found = append(found, s)
+	}
+	sort.Slice(found, func(i, j int) bool { return found[i].start < found[j].start })
+	return found, nil
+}
+
+// chain returns how many of the segments follow each other as their names say. The
+// first that does not was written after bytes that a power cut took away.
+func chain(segs []*segment) int {
+	var end int64
+	for i, s := range segs {
+		if s.hole > end || s.start < end {
+			return i
+		}
+		end = s.end()
+	}
+	return len(segs)
+}
+
+// cut opens the last segment and takes a torn frame off its end.
+func (l *Log) cut() error {
+	s := l.segs[len(l.segs)-1]
+	f, err := os.OpenFile(l.path(s), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	whole, err := scan(f, s.size)
+	if err == nil && whole < s.size {
+		err = f.Truncate(whole)
+	}
+	if err != nil {
+		f.Close()
+		return err
+	}
+	l.kept -= s.size - whole
+	s.size, s.file, s.users = whole, f, 1
+	return nil
+}
+
+// scan returns where the last whole, well-formed frame ends that ends at or before
+// limit.
+func scan(f *os.File, limit int64) (int64, error) {
+	var (
+		buf  [16 << 10]byte
+		have []byte // the bytes at off
+		off  int64
+	)
+	for {
+		if len(have) < job.HeaderLen {
+			n, err := f.ReadAt(buf[:min(int64(len(buf)), limit-off)], off)
+			if err != nil && err != io.EOF {
+				return off, err
+			}
+			if n < job.HeaderLen {
+				return off, nil
+			}
+			have = buf[:n]
+		}
+		k, n, err := job.ParseHeader(have)
+		next := off + job.HeaderLen + int64(n)
+		if err != nil || !stored(k) || next > limit {
+			return off, nil
+		}
+		have = have[min(int64(len(have)), next-off):]
+		off = next
+	}
+}
+
+// stored reports whether frames of kind k are kept as bytes.
+func stored(k job.Kind) bool { return k.Logged() && k != job.Gap }
+
+// Append adds whole frames, one or many, of kinds that are Logged; readers see them
+// at once. A job.Gap frame is not kept as bytes: it moves the end on by its count.
+// Malformed input is an error and changes nothing. After an error of the disk the
+// log ends after some whole frame of the input; Size says where, and Append may be
+// called again with the rest.
+func (l *Log) Append(frames []byte) error {
+	l.append.Lock()
+	defer l.append.Unlock()
+	if err := l.writable(); err != nil {
+		return err
+	}
+	if err := check(frames, l.Size()); err != nil {
+		return err
+	}
+	for len(frames) > 0 {
+		n, err := l.appendSome(frames)
+		if err != nil {
+			return fmt.Errorf("append to spool: %w", err)
+		}
+		frames = frames[n:]
+	}
+	return nil
+}
+
+func (l *Log) writable() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.sealed:
+		return ErrSealed
+	case l.closed:
+		return fmt.Errorf("append to spool: %w", fs.ErrClosed)
+	}
+	return nil
+}
+
+// check looks at every header of frames, which are to follow offset end.
+func check(frames []byte, end int64) error {
+	for at := 0; at < len(frames); {
+		k, n, err := job.ParseHeader(frames[at:])
+		rest := len(frames) - at - job.HeaderLen
+		switch {
+		case err != nil:
+			return fmt.Errorf("append to spool: byte %d: %w", at, err)
+		case !k.Logged():
+			return fmt.Errorf("append to spool: byte %d: %w: kind %q is not logged", at, job.ErrFrame, byte(k))
+		case n > rest:
+			return fmt.Errorf("append to spool: byte %d: %w: %d of %d bytes", at, job.ErrFrame, rest, n)
+		}
+		step := uint64(job.HeaderLen + n)
+		if k == job.Gap {
+			if n != gapLen-job.HeaderLen {
+				return fmt.Errorf("append to spool: byte %d: %w: gap of %d bytes", at, job.ErrFrame, n)
+			}
+			step = binary.BigEndian.Uint64(frames[at+job.HeaderLen:])
+		}
+		if step == 0 || end > maxEnd || step > uint64(maxEnd-end) {
+			return fmt.Errorf("append to spool: byte %d: %w: %d bytes more", at, job.ErrFrame, step)
+		}
+		at, end = at+job.HeaderLen+n, end+int64(step)
+	}
+	return nil
+}
+
+// appendSome adds the first of the frames, checked ones, and returns how many bytes
+// of them it took: a gap, or as many frames as the current segment has room for.
+func (l *Log) appendSome(frames []byte) (int, error) {
+	if job.Kind(frames[0]) == job.Gap {
+		return gapLen, l.skip(int64(binary.BigEndian.Uint64(frames[job.HeaderLen:])))
+	}
+	n := l.fit(frames)
+	if n == 0 {
+		return 0, l.rotate(0)
+	}
+	return n, l.write(frames[:n])
+}
+
+// current is the segment that grows. Its fields may be read under append alone,
+// because only holders of append change them.
+func (l *Log) current() *segment { return l.segs[len(l.segs)-1] }
+
+// fit returns the length of the frames that go into the current segment; an empty
+// one takes at least one frame, or a large frame would fit nowhere.
+func (l *Log) fit(frames []byte) int {
+	s := l.current()
+	room, n := l.room(s)-s.size, 0
+	for n < len(frames) && job.Kind(frames[n]) != job.Gap {
+		_, size, _ := job.ParseHeader(frames[n:])
+		next := n + job.HeaderLen + size
+		if int64(next) > room && (n > 0 || s.size > 0) {
+			break
+		}
+		n = next
+	}
+	return n
+}
+
+// room returns how large s may become: the first half of the log ends with a
+// segment of its own, as close to half the limit as frames allow.
+func (l *Log) room(s *segment) int64 {
+	if half := l.limit / 2; s.start < half && l.kept == s.end() {
+		return min(l.segmentSize(), half-s.start)
+	}
+	return l.segmentSize()
+}
+
+func (l *Log) segmentSize() int64 {
+	if l.limit == 0 {
+		return maxSegment
+	}
+	return min(max(l.limit/16, minSegment), maxSegment)
+}
+
+// write puts whole frames at the end of the current segment and shows them.
+func (l *Log) write(frames []byte) error {
+	s := l.current()
+	if _, err := s.file.WriteAt(frames, s.size); err != nil {
+		s.file.Truncate(s.size) // gives the space back; the next write goes over it anyway
+		return err
+	}
+	l.mu.Lock()
+	s.size += int64(len(frames))
+	l.kept += int64(len(frames))
+	l.ringLocked()
+	l.mu.Unlock()
+	return nil
+}
+
+// skip moves the end on by n bytes that are not there.
+func (l *Log) skip(n int64) error {
+	s := l.current()
+	if s.size > 0 {
+		return l.rotate(n)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	moved := segment{start: s.start + n, hole: s.hole}
+	if err := os.Rename(l.path(s), l.path(&moved)); err != nil {
+		return err
+	}
+	s.start, l.named = moved.start, true
+	l.ringLocked()
+	return nil
+}
+
+// rotate begins a new segment, gap bytes after the current one, and makes room for it.
+func (l *Log) rotate(gap int64) error {
+	old := l.current()
+	if err := l.create(&segment{start: old.end() + gap, hole: old.end()}); err != nil {
+		return err
+	}
+	l.release(old)
+	return l.trim()
+}
+
+// create makes the file of s and s the current segment.
+func (l *Log) create(s *segment) error {
+	f, err := os.OpenFile(l.path(s), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	s.file, s.users = f, 1
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.segs = append(l.segs, s)
+	l.named = true
+	l.ringLocked()
+	return nil
+}
+
+// trim drops segments from the middle until a whole new one fits under the limit.
+func (l *Log) trim() error {
+	for l.over() {
+		h := l.head()
+		if h >= len(l.segs)-1 {
+			return nil
+		}
+		if err := l.drop(h); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *Log) over() bool {
+	return l.limit > 0 && l.kept+l.segmentSize() > l.limit || len(l.segs) > maxSegments
+}
+
+// head counts the segments of the first half: those in one piece with the start.
+func (l *Log) head() int {
+	var end int64
+	for i, s := range l.segs {
+		if s.start != end || i > 0 && (s.end() > l.limit/2 || i >= maxSegments/2) {
+			return i
+		}
+		end = s.end()
+	}
+	return len(l.segs)
+}
+
+// drop removes segment i, not the last. The name of its neighbour says so first, so
+// that the chain holds whenever the process dies. Readers that are in it finish it.
+func (l *Log) drop(i int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	gone, next := l.segs[i], l.segs[i+1]
+	moved := segment{start: next.start, hole: gone.hole}
+	// Under mu, or a reader could look for the name that was.
+	if err := os.Rename(l.path(next), l.path(&moved)); err != nil {
+		return err
+	}
+	next.hole, l.named = gone.hole, true
+	l.segs = append(l.segs[:i:i], l.segs[i+1:]...)
+	l.kept -= gone.size
+	return os.Remove(l.path(gone))
+}
+
+// SetLimit changes Options.Limit for what is appended from now on.
+func (l *Log) SetLimit(limit int64) {
+	l.append.Lock()
+	defer l.append.Unlock()
+	l.limit = limit
+}
+
+// Size returns the logical end: where the next frame will begin.
+func (l *Log) Size() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sizeLocked()
+}
+
+func (l *Log) sizeLocked() int64 {
+	if len(l.segs) == 0 {
+		return 0
+	}
+	return l.current().end()
+}
+
+// Dropped returns how many of the bytes before Size are no longer, or never were, here.
+func (l *Log) Dropped() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sizeLocked() - l.kept
+}
+
+// Sealed reports whether the log is complete.
+func (l *Log) Sealed() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sealed
+}
+
+// Sync returns once all that was appended before the call survives a power cut.
+// It does not hold up Append.
+func (l *Log) Sync() error {
+	if err := l.syncData(); err != nil {
+		return fmt.Errorf("sync spool: %w", err)
+	}
+	l.mu.Lock()
+	named := l.named
+	l.named = false
+	l.mu.Unlock()
+	if !named {
+		return nil
+	}
+	if err := syncDirs(l.dir, filepath.Dir(l.dir)); err != nil {
+		l.mu.Lock()
+		l.named = true
+		l.mu.Unlock()
+		return fmt.Errorf("sync spool: %w", err)
+	}
+	return nil
+}
+
+func (l *Log) syncData() error {
+	l.mu.Lock()
+	var dirty []*segment
+	for _, s := range l.segs {
+		if s.synced < s.size {
+			dirty = append(dirty, s)
+		}
+	}
+	l.mu.Unlock()
+	for _, s := range dirty {
+		if err := l.syncSegment(s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *Log) syncSegment(s *segment) error {
+	l.mu.Lock()
+	f, err := l.acquireLocked(s)
+	size := s.size
+	l.mu.Unlock()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // dropped meanwhile
+	}
+	if err != nil {
+		return err
+	}
+	defer l.release(s)
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	s.synced = max(s.synced, size)
+	l.mu.Unlock()
+	return nil
+}
+
+// syncDirs makes names durable. Not every file system can sync a folder; those that
+// cannot say EINVAL and have nothing to lose by it.
+func syncDirs(dirs ...string) error {
+	for _, dir := range dirs {
+		d, err := os.Open(dir)
+		if err != nil {
+			return err
+		}
+		err = d.Sync()
+		d.Close()
+		if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Seal says that the log is complete: it survives a power cut, Append is refused from
+// now on, and readers get io.EOF at the end. It may be called again.
+func (l *Log) Seal() error {
+	l.append.Lock()
+	defer l.append.Unlock()
+	switch err := l.writable(); {
+	case errors.Is(err, ErrSealed):
+		return nil
+	case err != nil:
+		return fmt.Errorf("seal spool: %w", fs.ErrClosed)
+	}
+	// The data first: a marker without its data would make a short log look whole.
+	if err := l.syncData(); err != nil {
+		return fmt.Errorf("seal spool: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(l.dir, sealedName), os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("seal spool: %w", err)
+	}
+	f.Close()
+	if err := syncDirs(l.dir, filepath.Dir(l.dir)); err != nil {
+		return fmt.Errorf("seal spool: %w", err)
+	}
+	l.mu.Lock()
+	l.sealed = true
+	l.ringLocked()
+	l.mu.Unlock()
+	l.release(l.current())
+	return nil
+}
+
+// Close ends appending. Readers of a log that is not sealed get fs.ErrClosed once they
+// have read what is there; readers of a sealed one go on. It may be called again.
+func (l *Log) Close() error {
+	l.append.Lock()
+	defer l.append.Unlock()
+	l.mu.Lock()
+	idle := l.sealed || l.closed
+	l.closed = true
+	l.ringLocked()
+	l.mu.Unlock()
+	if !idle {
+		l.release(l.current())
+	}
+	return nil
+}
+
+// ringLocked wakes everybody who waits.
+func (l *Log) ringLocked() {
+	if l.bell != nil {
+		close(l.bell)
+		l.bell = nil
+	}
+}
+
+// findLocked returns the first segment with a byte at or after pos, or that begins after
+// pos, or nil.
+func (l *Log) findLocked(pos int64) *segment {
+	i := sort.Search(len(l.segs), func(i int) bool { return l.segs[i].end() > pos || l.segs[i].start > pos })
+	if i == len(l.segs) {
+		return nil
+	}
+	return l.segs[i]
+}
+
+// bellLocked returns what the next ring will close.
+func (l *Log) bellLocked() chan struct{} {
+	if l.bell == nil {
+		l.bell = make(chan struct{})
+	}
+	return l.bell
+}
+
+// acquireLocked returns the file of s, opened if nobody has it open. Every acquire
+// needs a release.
+func (l *Log) acquireLocked(s *segment) (*os.File, error) {
+	if s.users == 0 {
+		f, err := os.Open(l.path(s))
+		if err != nil {
+			return nil, err
+		}
+		s.file = f
+	}
+	s.users++
+	return s.file, nil
+}
+
+func (l *Log) release(s *segment) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.releaseLocked(s)
+}
+
+// releaseLocked closes the file of s when nobody else uses it.
+func (l *Log) releaseLocked(s *segment) {
+	if s.users--; s.users == 0 {
+		s.file.Close()
+		s.file = nil
+	}
+}
+
+func (l *Log) path(s *segment) string { return filepath.Join(l.dir, s.name()) }
