@@ -183,7 +183,7 @@ func plain(key ssh.PublicKey) ssh.PublicKey {
 func weak(key ssh.PublicKey) bool {
 	k, ok := plain(key).(ssh.CryptoPublicKey)
 	if !ok {
-		return strings.HasPrefix(string(version), "SSH-2.0-OpenSSH_")
+		return false
 	}
 	pub, ok := k.CryptoPublicKey().(*rsa.PublicKey)
 	return ok && pub.N.BitLen() < minRSABits
