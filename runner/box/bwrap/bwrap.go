@@ -1,0 +1,418 @@
+// Package bwrap runs boxes with bubblewrap: no container engine, no image, no
+// daemon, and a start of a few milliseconds.
+//
+// A box is bwrap in a cgroup of its own (v1 or v2: memory with swap, processes,
+// CPU), as a user that exists nowhere else, with every namespace unshared, without
+// capabilities, behind a seccomp filter. It sees the host's /usr read-only (or a root
+// folder that Config.Images names), an /etc made for it, its own /proc and /dev, the
+// nodes of the GPUs it was given, and five writable folders on a file system of
+// exactly the limit's size: /src, /build, /tmp, /var/tmp and its home. The shim is
+// PID 1 in it.
+//
+// Promises: every process is in the cgroup before it can run a line of the job, and
+// the box dies with its runner, by the kernel's hand (parent death signal) and by the
+// shim's (end of input). After kill -9 of a runner only empty cgroup folders, and a
+// few files in RunDir, are left for Sweep.
+//
+// Without root the user namespace still holds, but the job runs as the runner's own
+// user, the disk is only measured, and memory, processes and CPU are limited only
+// where a cgroup v2 subtree was delegated. Weakness says which of these is so.
+//
+// Non-goals: this is a weaker wall than a container with an image, for it shows the
+// host's programs. Network means the host's network, its loopback included: give it
+// only to people who may reach what listens there. A MIG slice cannot be handed out
+// alone, only its whole GPU.
+package bwrap
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/job"
+)
+
+// Config says how boxes are made. ID and Exe must be set.
+type Config struct {
+	// RunDir holds the folders of boxes. Defaults to "raid-<ID>" in /var/tmp, so that
+	// a later process of the same ID finds what an earlier one left. Every folder
+	// above it must be passable for everybody: never put it into a state folder.
+	RunDir string
+	// ID is the runner's own name, [A-Za-z0-9-]. It names folders and cgroups.
+	ID string
+	// Exe is the shim; a copy of it is what boxes run, with Args.
+	Exe  string
+	Args []string
+	// Images maps the name of an image to a root folder. Others get the host's /usr.
+	Images map[string]string
+	// UID is the host's user and group id of boxes when the runner is root.
+	// Defaults to a free one from 990000 to 990999, chosen by ID.
+	UID int
+	// Logf is told what went wrong where no error can be returned. Defaults to nothing.
+	Logf func(format string, args ...any)
+}
+
+// An Engine makes boxes. It implements [box.Engine].
+type Engine struct {
+	cfg       Config
+	bwrap     string
+	run       string   // RunDir
+	lock      *os.File // run, locked for as long as the engine lives
+	shim      string   // the copy
+	uid       int      // of boxes, -1 to keep our own
+	forest    forest
+	templates templates
+	images    bool // disks are images
+	nesting   bool // bwrap has --disable-userns
+	weakness  string
+
+	mu   sync.Mutex
+	open map[string]bool // names of boxes not yet closed
+}
+
+const (
+	uidInBox  = 1000
+	homeInBox = "/home/rai"
+	shimInBox = "/.raid/shim"
+)
+
+var (
+	validID   = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
+	validName = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
+)
+
+// New returns an engine after it has started a first box and seen it work. Its errors
+// say what to install or allow. It removes what earlier processes of the same ID left.
+func New(ctx context.Context, c Config) (e *Engine, err error) {
+	if !validID.MatchString(c.ID) {
+		return nil, fmt.Errorf("bwrap: bad runner ID %q", c.ID)
+	}
+	if c.Logf == nil {
+		c.Logf = func(string, ...any) {}
+	}
+	e = &Engine{cfg: c, uid: -1, open: map[string]bool{}, nesting: true}
+	if e.bwrap, err = exec.LookPath("bwrap"); err != nil {
+		return nil, errors.New("bubblewrap is not installed: apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora, RHEL)")
+	}
+	if err := e.claim(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, e.Close())
+		}
+	}()
+	if err := e.furnish(); err != nil {
+		return nil, err
+	}
+	var missing []string
+	e.forest, missing = findForest(c.ID)
+	if err := e.Sweep(ctx); err != nil {
+		return nil, err
+	}
+	diskErr := e.tryImages(ctx)
+	if err := e.tryBox(ctx); err != nil {
+		return nil, err
+	}
+	e.weakness = weakness(missing, e.uid < 0, diskErr)
+	return e, nil
+}
+
+// claim makes RunDir, or takes over the one that an earlier process left, and locks
+// it. The lock also keeps systemd-tmpfiles away from it.
+func (e *Engine) claim() error {
+	e.run = e.cfg.RunDir
+	if e.run == "" {
+		parent := "/var/tmp"
+		if unix.Access(parent, unix.W_OK) != nil {
+			parent = os.TempDir()
+		}
+		e.run = filepath.Join(parent, "raid-"+e.cfg.ID)
+	}
+	if err := os.Mkdir(e.run, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("make run folder: %w", err)
+	}
+	// In a shared folder somebody else may have been faster.
+	var s unix.Stat_t
+	if err := unix.Lstat(e.run, &s); err != nil {
+		return fmt.Errorf("run folder %s: %w", e.run, err)
+	}
+	if s.Mode&unix.S_IFMT != unix.S_IFDIR || int(s.Uid) != os.Geteuid() || s.Mode&0o022 != 0 {
+		return fmt.Errorf("run folder %s is not ours: remove it", e.run)
+	}
+	lock, err := os.Open(e.run)
+	if err != nil {
+		return fmt.Errorf("open run folder: %w", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		return fmt.Errorf("run folder %s is in use by another process", e.run)
+	}
+	e.lock = lock
+	return nil
+}
+
+// furnish fills RunDir with what all boxes share.
+func (e *Engine) furnish() error {
+	if err := os.Chmod(e.run, 0o711); err != nil {
+		return err
+	}
+	if os.Geteuid() == 0 {
+		e.uid = e.cfg.UID
+		if e.uid == 0 {
+			e.uid = freeUID(e.cfg.ID)
+		}
+	}
+	for dir, mode := range map[string]os.FileMode{"boxes": 0o711, "templates": 0o700} {
+		if err := makeDir(filepath.Join(e.run, dir), mode); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	e.templates.dir = filepath.Join(e.run, "templates")
+	filter, err := seccompFilter()
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(e.seccomp(), filter, 0o600); err != nil {
+		return err
+	}
+	if err := writeEtc(filepath.Join(e.run, "etc")); err != nil {
+		return fmt.Errorf("make /etc for boxes: %w", err)
+	}
+	if e.shim, err = copyShim(e.run, e.cfg.Exe); err != nil {
+		return fmt.Errorf("copy the shim: %w", err)
+	}
+	return nil
+}
+
+func (e *Engine) seccomp() string { return filepath.Join(e.run, "seccomp") }
+func (e *Engine) boxes() string   { return filepath.Join(e.run, "boxes") }
+
+// freeUID returns a user id that depends on id and that no account has.
+func freeUID(id string) int {
+	h := fnv.New32a()
+	io.WriteString(h, id)
+	n := int(h.Sum32() % 1000)
+	for range 1000 {
+		if _, err := user.LookupId(strconv.Itoa(990000 + n)); err != nil {
+			break
+		}
+		n = (n + 1) % 1000
+	}
+	return 990000 + n
+}
+
+// copyShim copies exe into dir under the name of its hash, so that an upgrade never
+// changes the program under a box.
+func copyShim(dir, exe string) (string, error) {
+	src, err := os.Open(exe)
+	if err != nil {
+		return "", err
+	}
+	defer src.Close()
+	tmp, err := os.CreateTemp(dir, "shim-")
+	if err != nil {
+		return "", err
+	}
+	defer os.Remove(tmp.Name())
+	h := sha256.New()
+	_, err = io.Copy(io.MultiWriter(tmp, h), src)
+	if err := errors.Join(err, tmp.Chmod(0o555), tmp.Close()); err != nil {
+		return "", err
+	}
+	name := filepath.Join(dir, "shim-"+hex.EncodeToString(h.Sum(nil)[:8]))
+	return name, os.Rename(tmp.Name(), name)
+}
+
+// tryImages finds out whether disks can be images; the error says why not.
+func (e *Engine) tryImages(ctx context.Context) error {
+	if e.uid < 0 {
+		return errors.New("not root")
+	}
+	e.images = true
+	d, err := e.newDisk(ctx, filepath.Join(e.boxes(), "probe"), minImage)
+	if err == nil {
+		err = d.remove()
+	}
+	e.images = err == nil
+	return err
+}
+
+// tryBox starts a box that runs true(1). An older bwrap does without
+// --disable-userns: the seccomp filter refuses namespaces anyway.
+func (e *Engine) tryBox(ctx context.Context) error {
+	err := e.tryOnce(ctx)
+	if err != nil && strings.Contains(err.Error(), "disable-userns") {
+		e.nesting = false
+		err = e.tryOnce(ctx)
+	}
+	return err
+}
+
+func (e *Engine) tryOnce(ctx context.Context) error {
+	bin, err := exec.LookPath("true")
+	if err != nil {
+		return err
+	}
+	b, err := e.start(ctx, box.Config{ID: "probe", Limits: job.Limits{Memory: 1 << 30, Pids: 100, CPUs: 1, Disk: minImage}}, []string{bin})
+	if err != nil {
+		return fmt.Errorf("try a box: %w", err)
+	}
+	exit := b.Wait()
+	err = b.Close()
+	if !b.ok {
+		return errors.Join(fmt.Errorf("try a box: %s", explain(exit.Detail)), err)
+	}
+	return err
+}
+
+// explain adds the remedy to what bwrap says where namespaces are not allowed
+// (bubblewrap issues 505 and 632).
+func explain(text string) string {
+	text = strings.TrimSpace(text)
+	for _, h := range [...]struct{ has, fix string }{
+		{"setting up uid map: Permission denied", fixAppArmor},
+		{"Failed RTM_NEWADDR", fixAppArmor},
+		{"No permissions to creat", fixUserns},
+		{"Creating new namespace failed", fixUserns},
+		{"namespace failed: Operation not permitted", fixUserns},
+		{"Can't mount proc", "in an unprivileged container bubblewrap cannot work: run raid outside of it, or the container with --privileged"},
+		{"Can't find source path", "every folder above the run folder must be passable for everybody (chmod o+x)"},
+	} {
+		if strings.Contains(text, h.has) {
+			return text + "\n" + h.fix
+		}
+	}
+	if text == "" {
+		return "the box ended without a word"
+	}
+	return text
+}
+
+const (
+	fixAppArmor = "AppArmor refuses user namespaces (Ubuntu 23.10 and later): apt install apparmor-profiles, then\n" +
+		"  ln -s /usr/share/apparmor/extra-profiles/bwrap-userns-restrict /etc/apparmor.d/\n" +
+		"  apparmor_parser -r /etc/apparmor.d/bwrap-userns-restrict"
+	fixUserns = "user namespaces are off: sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=15000"
+)
+
+// weakness says which limits do not hold, or "".
+func weakness(missing []string, sameUser bool, disk error) string {
+	var s []string
+	if len(missing) > 0 {
+		why := "no usable cgroup"
+		if sameUser {
+			why = "not root and no delegated cgroup"
+		}
+		s = append(s, list(missing)+" limits are not enforced: "+why)
+	}
+	if disk != nil {
+		s = append(s, fmt.Sprintf("the disk limit is only measured every %v: %v", sampleTime, disk))
+	}
+	if sameUser {
+		s = append(s, "jobs run as the runner's own user")
+	}
+	return strings.Join(s, "; ")
+}
+
+func list(words []string) string {
+	s := strings.Join(words, ", ")
+	if i := strings.LastIndex(s, ", "); i >= 0 {
+		s = s[:i] + " and " + s[i+2:]
+	}
+	return strings.Replace(s, "cpu", "CPU", 1)
+}
+
+// Name returns "bwrap".
+func (e *Engine) Name() string { return "bwrap" }
+
+// Weakness implements [box.Engine].
+func (e *Engine) Weakness() string { return e.weakness }
+
+// Start starts a box. It returns when all its mounts stand and its cgroups hold it;
+// the shim is about to run.
+func (e *Engine) Start(ctx context.Context, c box.Config) (box.Box, error) {
+	b, err := e.start(ctx, c, append([]string{shimInBox}, e.cfg.Args...))
+	if err != nil {
+		return nil, fmt.Errorf("start box %s: %w", c.ID, err)
+	}
+	return b, nil
+}
+
+// Sweep removes what earlier processes of this ID left: processes, cgroups, mounts
+// and folders. Boxes of this engine are not touched.
+func (e *Engine) Sweep(ctx context.Context) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var errs []error
+	for _, g := range e.forest.all() {
+		if !e.open[g.name()] {
+			errs = append(errs, g.drain(), g.remove())
+		}
+	}
+	for _, name := range folders(e.boxes()) {
+		if err := ctx.Err(); err != nil {
+			return errors.Join(append(errs, context.Cause(ctx))...)
+		}
+		if !e.open[name] {
+			home := filepath.Join(e.boxes(), name)
+			errs = append(errs, unmountBelow(home), removeTree(home))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	return nil
+}
+
+// unmountBelow unmounts what a runner that died while it started a box left there.
+func unmountBelow(dir string) error {
+	mounts, err := readMounts()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, m := range mounts {
+		if m.at == dir || strings.HasPrefix(m.at, dir+"/") {
+			errs = append(errs, unix.Unmount(m.at, unix.MNT_DETACH))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close implements [box.Engine].
+func (e *Engine) Close() error {
+	err := e.Sweep(context.Background())
+	e.forest.remove()
+	err = errors.Join(err, os.RemoveAll(e.run))
+	if e.lock != nil {
+		e.lock.Close()
+	}
+	return err
+}
+
+// attr is how bwrap is started: in a session of its own, so that a Ctrl-C meant for
+// the runner does not end its job, and dead when the thread that forked it is.
+func (e *Engine) attr() *syscall.SysProcAttr {
+	a := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	if e.uid >= 0 {
+		a.Credential = &syscall.Credential{Uid: uint32(e.uid), Gid: uint32(e.uid)}
+	}
+	return a
+}

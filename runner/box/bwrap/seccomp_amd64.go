@@ -1,0 +1,10 @@
+package bwrap
+
+import "golang.org/x/sys/unix"
+
+// archForbidden are calls that only some machines have.
+var archForbidden = []uint32{
+	unix.SYS_IOPERM, unix.SYS_IOPL, unix.SYS_USELIB,
+	unix.SYS_CREATE_MODULE, unix.SYS_QUERY_MODULE, unix.SYS_GET_KERNEL_SYMS,
+	unix.SYS__SYSCTL, unix.SYS_USTAT, unix.SYS_SYSFS,
+}
