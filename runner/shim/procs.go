@@ -126,6 +126,15 @@ func (p *procs) killAll() {
 	}
 }
 
+// abandon kills every process as the last act before exiting. The end of PID 1 does so
+// by itself, at once; elsewhere no new one may slip through meanwhile.
+func (p *procs) abandon() {
+	if !p.init {
+		p.mu.Lock() // for ever
+	}
+	p.signal(syscall.SIGKILL)
+}
+
 // signal sends sig to every process but this one. Outside a PID namespace of its own
 // it must not say "all", and looks for its descendants instead.
 func (p *procs) signal(sig syscall.Signal) {

@@ -94,7 +94,7 @@ func (s *Shim) Run() int {
 	}
 	procs := newProcs(box.oom)
 	die := func(err error) {
-		procs.signal(syscall.SIGKILL)
+		procs.abandon()
 		if !errors.Is(err, io.EOF) { // closing the wire is how a box is ended, and no news
 			fmt.Fprintf(os.Stderr, "raid shim: %v\n", err)
 		}
