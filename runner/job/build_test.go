@@ -60,7 +60,7 @@ commands:
 		{"seconds", "resources: {limits: {time: 90, memory: 1024}}", Build{Time: 90 * time.Second, Memory: 1024}, ""},
 		{"network above", "resources:\n  network: true\n  limits: {network: false}\n", Build{Network: true}, ""},
 		{"tty at the top", "tty: true\n", Build{TTY: true}, ""},
-		{"steps", "commands:\n  build:\n    - "echo 'a: b'" # c\n    -\n    - ''\n    - true\n    - |\n      x\n      y\n    - >-\n      long\n      line\n    - make && make test\n    - 'it''s'\n",
+		{"steps", "commands:\n  build:\n    - \"echo 'a: b'\" # c\n    -\n    - ''\n    - true\n    - |\n      x\n      y\n    - >-\n      long\n      line\n    - make && make test\n    - 'it''s'\n",
 			Build{Steps: []string{"echo 'a: b'", "true", "x\ny\n", "long line", "make && make test", "it's"}}, ""},
 		{"one step", "commands:\n  build: make all\n", Build{Steps: []string{"make all"}}, "2:10 build should be a list; taken as one command"},
 		{"no steps", "commands:\n  build:\n", Build{}, ""},
