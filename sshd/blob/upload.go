@@ -1,0 +1,229 @@
+package blob
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// block is what one read and one write move: aligned whatever the reader gives.
+	block = 256 << 10
+	// ahead is how many bytes may be written before the disk is told to begin with
+	// them, so that the sync in Commit finds little left to do.
+	ahead = 8 << 20
+)
+
+// An Upload is a blob on its way. Use it from one goroutine; ReadAt may run
+// concurrently with everything and sees what was written before it began.
+type Upload struct {
+	folder *Folder
+	file   *os.File
+	hash   hash.Hash
+	limit  int64
+	size   int64
+	begun  int64 // bytes whose way to the disk has begun
+	err    error // the first failure; nothing works after it
+	key    Key   // once committed
+	over   bool  // the file is closed, and committed or removed
+}
+
+// Create begins an upload of at most limit bytes; 0 is no limit. The caller ends it
+// with Commit or Abort. ErrNoSpace: the disk is full up to the reserve.
+func (f *Folder) Create(limit int64) (*Upload, error) {
+	if err := f.room(); err != nil {
+		return nil, err
+	}
+	file, err := os.CreateTemp(f.tmp(), tempPrefix) // 0600
+	if err != nil {
+		return nil, describe("upload", err)
+	}
+	return &Upload{folder: f, file: file, hash: sha256.New(), limit: limit}, nil
+}
+
+// Write appends p. It writes all of it or fails for good: with ErrTooBig, ErrNoSpace,
+// or as the disk did.
+func (u *Upload) Write(p []byte) (int, error) {
+	if u.err != nil {
+		return 0, u.err
+	}
+	if u.over {
+		return 0, ErrDone
+	}
+	if u.limit > 0 && u.size+int64(len(p)) > u.limit {
+		return 0, u.fail(fmt.Errorf("%w: more than %d bytes", ErrTooBig, u.limit))
+	}
+	if _, err := u.file.Write(p); err != nil {
+		return 0, u.fail(describe("upload", err))
+	}
+	u.hash.Write(p)
+	u.size += int64(len(p))
+	if u.size-u.begun >= ahead {
+		if err := u.push(); err != nil {
+			return 0, u.fail(err)
+		}
+	}
+	return len(p), nil
+}
+
+// push has the disk begin with what was written since the last time, and looks
+// whether others, or we, have reached the reserve meanwhile.
+func (u *Upload) push() error {
+	if err := writeBack(u.file, u.begun, u.size-u.begun); err != nil {
+		return describe("upload", err)
+	}
+	u.begun = u.size
+	return u.folder.room()
+}
+
+// ReadFrom appends all that r gives, in whole blocks. io.Copy uses it.
+func (u *Upload) ReadFrom(r io.Reader) (int64, error) {
+	start, buf := u.size, make([]byte, block)
+	for {
+		n, err := fill(r, buf)
+		if n > 0 {
+			if _, err := u.Write(buf[:n]); err != nil {
+				return u.size - start, err
+			}
+		}
+		if err == io.EOF {
+			return u.size - start, nil
+		}
+		if err != nil {
+			return u.size - start, err
+		}
+	}
+}
+
+// fill reads until buf is full or r fails. It is not io.ReadFull, which lets nobody
+// tell the end of r from r's own io.ErrUnexpectedEOF: half an upload, not a short one.
+func fill(r io.Reader, buf []byte) (n int, err error) {
+	for n < len(buf) && err == nil {
+		var m int
+		m, err = r.Read(buf[n:])
+		n += m
+	}
+	return n, err
+}
+
+// ReadAt reads back what was written, until Commit or Abort.
+func (u *Upload) ReadAt(p []byte, off int64) (int, error) { return u.file.ReadAt(p, off) }
+
+// Size returns how many bytes were written.
+func (u *Upload) Size() int64 { return u.size }
+
+// Commit makes the upload a blob and returns its key. When it returns, the blob is
+// durable. It ends the upload whatever it returns; called again, it returns the same.
+func (u *Upload) Commit() (Key, error) {
+	if u.key != "" {
+		return u.key, nil
+	}
+	if u.err == nil {
+		key := keyOf(u.hash.Sum(nil))
+		if u.err = describe(key, u.folder.place(u.file, key)); u.err == nil {
+			u.key = key
+		}
+	}
+	return u.key, errors.Join(u.err, u.end())
+}
+
+// Abort ends the upload and leaves nothing of it. After Commit, or another Abort, it
+// does nothing.
+func (u *Upload) Abort() error {
+	if u.err == nil {
+		u.err = ErrDone
+	}
+	return u.end()
+}
+
+// end closes the file, once, and removes it unless it is a blob now. A file that was
+// synced has nothing left that could fail in its Close, and the others do not matter.
+func (u *Upload) end() error {
+	if u.over {
+		return nil
+	}
+	u.over = true
+	u.file.Close()
+	if u.key != "" {
+		return nil
+	}
+	return os.Remove(u.file.Name())
+}
+
+// fail keeps the first error for good.
+func (u *Upload) fail(err error) error {
+	u.err = err
+	return err
+}
+
+// Adopt makes a blob of the file at path, which goes away from there, and returns its
+// key and size. The file must lie on the folder's file system, in a place where nobody
+// else can write, and be open to no writer: its bytes are read once and believed. When
+// Adopt fails the file stays. ErrTooBig: it has more than limit bytes; 0 is no limit.
+func (f *Folder) Adopt(path string, limit int64) (Key, int64, error) {
+	key, size, err := f.adopt(path, limit)
+	if err != nil {
+		return "", 0, fmt.Errorf("adopt %s: %w", path, err)
+	}
+	return key, size, nil
+}
+
+func (f *Folder) adopt(path string, limit int64) (Key, int64, error) {
+	// Neither follow a link nor wait for the other end of a FIFO.
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", 0, err
+	}
+	defer file.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
+		return "", 0, err
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1:
+		return "", 0, errors.New("not a regular file of one name")
+	case limit > 0 && st.Size > limit:
+		return "", 0, fmt.Errorf("%w: %d bytes, more than %d", ErrTooBig, st.Size, limit)
+	}
+	h := sha256.New()
+	n, err := io.CopyBuffer(h, onlyReader{file}, make([]byte, block))
+	if err != nil {
+		return "", 0, err
+	}
+	if n != st.Size {
+		return "", 0, fmt.Errorf("%d bytes became %d while they were read", st.Size, n)
+	}
+	key := keyOf(h.Sum(nil))
+	return key, n, f.place(file, key)
+}
+
+// place makes file, whole and nobody's but ours, the blob k. The blob may be there
+// already: the new file takes its place, so that its age is new, so that a rotten one
+// is mended, and so that a commit of the same bytes that is not durable yet is not
+// mistaken for one that is.
+func (f *Folder) place(file *os.File, k Key) error {
+	path, err := f.path(k)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	if err := errors.Join(file.Chmod(0o400), os.Chtimes(file.Name(), now, now)); err != nil {
+		return err
+	}
+	if err := file.Sync(); err != nil {
+		return err
+	}
+	f.move.RLock()
+	defer f.move.RUnlock()
+	if err := os.Rename(file.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
