@@ -1,0 +1,124 @@
+package boxtest
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// attack runs inside a box and says how far it came.
+func attack(args []string) int {
+	n := 0
+	if len(args) > 1 {
+		n, _ = strconv.Atoi(args[1])
+	}
+	switch args[0] {
+	case "calls":
+		for name, c := range calls {
+			what := "worked"
+			if e := c.try(); e != 0 {
+				what = unix.ErrnoName(e)
+			}
+			fmt.Printf("%s: %s\n", name, what)
+		}
+	case "memory":
+		b, err := unix.Mmap(-1, 0, n<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+		if err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		for i := 0; i < len(b); i += 4096 {
+			b[i] = 1
+		}
+		fmt.Println("survived")
+	case "fork":
+		fmt.Printf("forked %d\n", forkUpTo(n))
+	case "files":
+		for i := range n {
+			f, err := os.Create(strconv.Itoa(i))
+			if err != nil {
+				fmt.Println(err)
+				return 1
+			}
+			f.Close()
+		}
+	}
+	return 0
+}
+
+// forkUpTo forks children that do nothing, until it may not. They make raw calls
+// only: Go's runtime does not live on after a fork.
+func forkUpTo(n int) (forked int) {
+	runtime.LockOSThread()
+	for range n {
+		pid, _, e := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+		if e != 0 {
+			break
+		}
+		if pid == 0 {
+			for {
+				unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, 0, 0, 0, 0)
+			}
+		}
+		forked++
+	}
+	return forked
+}
+
+func call(nr uintptr, a ...uintptr) func() unix.Errno {
+	return func() unix.Errno {
+		var args [6]uintptr
+		copy(args[:], a)
+		_, _, e := unix.RawSyscall6(nr, args[0], args[1], args[2], args[3], args[4], args[5])
+		return e
+	}
+}
+
+const (
+	refused = "EPERM ENOSYS EACCES"
+	worked  = "worked"
+)
+
+// calls are ways to the kernel and what must come of them. A call that would fail
+// with EPERM for want of a capability alone says nothing about a filter; these are
+// chosen so that without one they would fail otherwise, or work.
+var calls = map[string]struct {
+	try  func() unix.Errno
+	want string
+}{
+	"unshare user":     {call(unix.SYS_UNSHARE, unix.CLONE_NEWUSER), refused},
+	"unshare nothing":  {call(unix.SYS_UNSHARE, 0), refused},
+	"clone newuser":    {call(unix.SYS_CLONE, unix.CLONE_NEWUSER|uintptr(unix.SIGCHLD)), refused},
+	"clone upper half": {call(unix.SYS_CLONE, 1<<40|unix.CLONE_NEWUSER|uintptr(unix.SIGCHLD)), refused},
+	"clone3":           {call(unix.SYS_CLONE3, 0, 0), refused},
+	"setns":            {call(unix.SYS_SETNS, ^uintptr(0), 0), refused},
+	"mount":            {call(unix.SYS_MOUNT, 0, 0, 0, 0, 0), refused},
+	"umount":           {call(unix.SYS_UMOUNT2, 0, 0), refused},
+	"fsopen":           {call(unix.SYS_FSOPEN, 0, 0), refused},
+	"io_uring_setup":   {call(unix.SYS_IO_URING_SETUP, 0, 0), refused},
+	"io_uring_enter":   {call(unix.SYS_IO_URING_ENTER, ^uintptr(0), 0, 0, 0, 0), refused},
+	"keyctl":           {call(unix.SYS_KEYCTL, 0, ^uintptr(2), 0), refused}, // get the session keyring's id
+	"bpf":              {call(unix.SYS_BPF, ^uintptr(0), 0, 0), refused},
+	"perf_event_open":  {call(unix.SYS_PERF_EVENT_OPEN, 0, 0, 0, 0, 0), refused},
+	"userfaultfd":      {call(unix.SYS_USERFAULTFD, ^uintptr(0)), refused},
+	"personality":      {call(unix.SYS_PERSONALITY, 0x0400000), refused}, // READ_IMPLIES_EXEC
+	"personality ask":  {call(unix.SYS_PERSONALITY, 0xffffffff), worked},
+	"tiocsti":          {tiocsti(0), refused},
+	"tiocsti upper":    {tiocsti(1 << 40), refused}, // the kernel looks at the lower half
+	"socket vsock":     {call(unix.SYS_SOCKET, unix.AF_VSOCK, unix.SOCK_STREAM, 0), "EAFNOSUPPORT"},
+	"socket alg":       {call(unix.SYS_SOCKET, unix.AF_ALG, unix.SOCK_SEQPACKET, 0), "EAFNOSUPPORT"},
+	"socket audit":     {call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_AUDIT), "EAFNOSUPPORT"},
+	"socket netfilter": {call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_NETFILTER), "EAFNOSUPPORT"},
+	"socket route":     {call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE), worked},
+	"socket inet":      {call(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM, 0), worked},
+	"socketpair unix":  {call(unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_STREAM, 0, uintptr(unsafe.Pointer(new([2]int32)))), worked},
+}
+
+func tiocsti(upper uintptr) func() unix.Errno {
+	c := byte('x')
+	return call(unix.SYS_IOCTL, 0, upper|unix.TIOCSTI, uintptr(unsafe.Pointer(&c)))
+}

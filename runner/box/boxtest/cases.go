@@ -1,0 +1,301 @@
+package boxtest
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/job"
+)
+
+func testFrames(t *testing.T, s *suite) {
+	x, exit := s.job(t, box.Config{}, "echo out; echo err >&2; echo made > made")
+	if x.out.String() != "out\n" || x.err.String() != "err\n" {
+		t.Errorf("output %q and %q, want out and err", x.out.String(), x.err.String())
+	}
+	if x.final == nil || x.final.Reason != job.ReasonExit || x.final.Exit != 0 {
+		t.Errorf("final %+v, want exit 0", x.final)
+	}
+	if x.files == 0 {
+		t.Error("/build did not come back")
+	}
+	if exit.OOMKills != 0 || exit.DiskFull {
+		t.Errorf("exit %+v, want no limit hit", exit)
+	}
+}
+
+func testExit(t *testing.T, s *suite) {
+	for _, c := range []struct {
+		step   string
+		reason job.Reason
+		exit   int
+	}{
+		{"exit 3", job.ReasonExit, 3},
+		{"kill -SEGV $$", job.ReasonSignal, 128 + 11},
+		{"kill -KILL $$", job.ReasonSignal, 128 + 9},
+		{"kill -TERM 1; kill -QUIT 1; kill -KILL 1; exit 4", job.ReasonExit, 4},
+	} {
+		x, _ := s.job(t, box.Config{}, c.step)
+		if x.final == nil || x.final.Reason != c.reason || x.final.Exit != c.exit {
+			t.Errorf("%q: final %+v, want %s %d", c.step, x.final, c.reason, c.exit)
+		}
+	}
+}
+
+func testWho(t *testing.T, s *suite) {
+	s.says(t, "test $(id -u) != 0 && echo ordinary", "ordinary")
+	s.says(t, "whoami; id -un; id -gn", "rai\nrai\nrai")
+	s.says(t, "grep -c ^CapEff:.0000000000000000 /proc/self/status; grep NoNewPrivs /proc/self/status | tr -d '\\t'", "1\nNoNewPrivs:1")
+	s.says(t, "hostname", "raid")
+	s.says(t, "grep -E '^Seccomp:' /proc/self/status | tr -d '\\t'", "Seccomp:2")
+}
+
+func testHost(t *testing.T, s *suite) {
+	name := "secret-" + strings.ToLower(rand.Text())
+	for _, dir := range []string{"/var/tmp", "/tmp", "/root", "/home", "/srv"} {
+		f := filepath.Join(dir, name)
+		if os.WriteFile(f, []byte("host"), 0o644) == nil {
+			t.Cleanup(func() { os.Remove(f) })
+		}
+	}
+	s.says(t, "find / -xdev -name "+name+" 2>/dev/null; find /tmp /var /home -name "+name+" 2>/dev/null; echo none", "none")
+	s.says(t, "cat /etc/shadow /etc/gshadow 2>/dev/null; echo unread", "unread")
+	s.says(t, "ls /home; ls /root 2>/dev/null; cd /sys/fs/cgroup 2>/dev/null && mkdir x 2>/dev/null; echo end", "rai\nend")
+	s.says(t, "touch /usr/x /etc/x /x /dev/x /bin/x 2>/dev/null; ls -d /usr/x /etc/x /x /dev/x /bin/x 2>/dev/null; echo none", "none")
+	s.says(t, "(echo 1 > /proc/sys/kernel/hostname) 2>/dev/null; (echo x > /proc/sysrq-trigger) 2>/dev/null; hostname", "raid")
+	// Only the shim, the shell and what it runs.
+	s.says(t, "test $(ls -d /proc/[0-9]* | wc -l) -lt 9 && echo few", "few")
+}
+
+func testFiles(t *testing.T, s *suite) {
+	s.says(t, "pwd; for d in /src /build /tmp /var/tmp $HOME $TMPDIR /dev/shm; do echo x > $d/f && cat $d/f; done | wc -l", "/build\n7")
+	s.says(t, "echo $HOME; cd && pwd", "/home/rai\n/home/rai")
+	s.says(t, "echo '#!/bin/sh' > p; echo echo ran >> p; chmod 4755 p; ./p", "ran")
+	s.says(t, "head -c 3 /dev/zero | wc -c; echo x > /dev/null; head -c 2 /dev/urandom | wc -c; test -c /dev/tty && echo tty", "3\n2\ntty")
+	s.says(t, "ls /dev | grep -E '^(sd|nvme|vd|loop|mem|kmsg|kvm|fuse)'; echo none", "none")
+}
+
+func testNetwork(t *testing.T, s *suite) {
+	s.says(t, "grep : /proc/net/dev | cut -d: -f1 | tr -d ' '", "lo")
+	s.says(t, "getent hosts localhost > /dev/null && echo known", "known")
+	// What listens on the host's loopback or in its abstract namespace is not here.
+	s.says(t, "wc -l < /proc/net/unix; wc -l < /proc/net/tcp", "1\n1")
+}
+
+func testCalls(t *testing.T, s *suite) {
+	x, _ := s.job(t, box.Config{}, "/.raid/shim attack calls")
+	got := strings.TrimSpace(x.out.String())
+	for line := range strings.Lines(got) {
+		name, what, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		if want := calls[name].want; !strings.Contains(want, what) {
+			t.Errorf("%s: %s, want %s", name, what, want)
+		}
+	}
+	if n := strings.Count(got, "\n") + 1; n != len(calls) {
+		t.Errorf("%d answers, want %d: %s", n, len(calls), x.err.String())
+	}
+	s.says(t, "unshare -Ur true 2>/dev/null || echo refused", "refused")
+	s.says(t, "mount -t tmpfs x /tmp 2>/dev/null || echo refused", "refused")
+}
+
+func testDescriptors(t *testing.T, s *suite) {
+	s.says(t, "ls /proc/1/fd 2>/dev/null | head -1; cat /proc/1/environ /proc/1/maps 2>/dev/null; echo closed", "closed")
+	// 0, 1, 2 and the one that ls opens.
+	s.says(t, "ls /proc/self/fd | wc -l", "4")
+	s.says(t, "readlink /proc/self/fd/0", "/dev/null")
+	s.says(t, "env | cut -d= -f1 | grep -v -E '^(PATH|HOME|TMPDIR|PWD|SHLVL|OLDPWD|_)$'; echo none", "none")
+}
+
+func testGPUs(t *testing.T, s *suite) {
+	s.says(t, "ls -d /dev/nvidia* /dev/dri /dev/kfd 2>/dev/null; echo none", "none")
+}
+
+func testMemory(t *testing.T, s *suite) {
+	s.enforced(t, "memory")
+	l := limits
+	l.Memory = 64 << 20
+	x, exit := s.job(t, box.Config{Limits: l}, "/.raid/shim attack memory 256; echo $?", "echo next")
+	if exit.OOMKills == 0 {
+		t.Errorf("exit %+v, want an OOM kill", exit)
+	}
+	if strings.Contains(x.out.String(), "survived") {
+		t.Errorf("256 MiB were to be had in a box of 64: %s", x.out.String())
+	}
+	// The kernel takes the step, not the shim, which still reports.
+	if x.final == nil || !strings.HasSuffix(x.out.String(), "next\n") {
+		t.Errorf("final %+v, output %q, want the next step to run", x.final, x.out.String())
+	}
+	// Memory behind files counts as well.
+	x, exit = s.job(t, box.Config{Limits: l}, "head -c 256M /dev/zero > /dev/shm/f; ls -s --block-size=M /dev/shm/f")
+	if x.final != nil && x.final.Exit == 0 && exit.OOMKills == 0 && strings.HasPrefix(x.out.String(), "256M") {
+		t.Errorf("/dev/shm held 256 MiB in a box of 64: %+v", exit)
+	}
+}
+
+// testLimit is what happens to a warm box when it gets its order.
+func testLimit(t *testing.T, s *suite) {
+	s.enforced(t, "memory")
+	x := s.start(t, box.Config{})
+	l := limits
+	l.Memory, l.Pids, l.CPUs = 64<<20, 50, 0.5
+	if err := x.Limit(l); err != nil {
+		t.Fatalf("Limit: %v", err)
+	}
+	x.order(t, "/.raid/shim attack memory 128")
+	if exit := x.finish(t); exit.OOMKills == 0 {
+		t.Errorf("exit %+v, want an OOM kill under the new limit", exit)
+	}
+	x = s.start(t, box.Config{Limits: l})
+	if err := x.Limit(limits); err != nil {
+		t.Fatalf("Limit: %v", err)
+	}
+	x.order(t, "/.raid/shim attack memory 128")
+	if exit := x.finish(t); exit.OOMKills != 0 || x.out.String() != "survived\n" {
+		t.Errorf("exit %+v, output %q, want 128 MiB to be had", exit, x.out.String())
+	}
+}
+
+func testPids(t *testing.T, s *suite) {
+	s.enforced(t, "pids")
+	x, _ := s.job(t, box.Config{}, "/.raid/shim attack fork 1000", "echo next")
+	var n int
+	if _, err := fmt.Sscanf(x.out.String(), "forked %d", &n); err != nil || n == 0 || n >= limits.Pids {
+		t.Errorf("output %q, want fewer than %d processes", x.out.String(), limits.Pids)
+	}
+	if x.final == nil {
+		t.Error("a fork bomb cost the result")
+	}
+}
+
+func testDisk(t *testing.T, s *suite) {
+	// Where the disk is only measured, the box must live until that happens.
+	x, exit := s.job(t, box.Config{}, "head -c 200M /dev/zero > big && exec sleep 30")
+	hard := strings.Contains(x.err.String(), "No space left")
+	if !exit.DiskFull {
+		t.Errorf("200 MiB went onto a disk of 64: exit %+v, stderr %q", exit, x.err.String())
+	}
+	if !strings.Contains(s.e.Weakness(), "disk") && !hard {
+		t.Errorf("the disk limit is not hard, and Weakness() = %q", s.e.Weakness())
+	}
+}
+
+func testInodes(t *testing.T, s *suite) {
+	s.enforced(t, "disk")
+	x, exit := s.job(t, box.Config{}, "/.raid/shim attack files 200000")
+	if !exit.DiskFull || !strings.Contains(x.out.String(), "no space left") {
+		t.Errorf("200000 files fitted: exit %+v, output %q", exit, x.out.String())
+	}
+}
+
+func testKill(t *testing.T, s *suite) {
+	x := s.start(t, box.Config{})
+	x.until(t, "deaf", "trap '' TERM INT HUP; (trap '' TERM; exec sleep 1000) & echo deaf; while :; do sleep 1000; done")
+	begun := time.Now()
+	x.Kill()
+	x.Kill()
+	x.finish(t)
+	if d := time.Since(begun); d > 2*time.Second {
+		t.Errorf("Kill took %v, want under 2 s", d)
+	}
+	if x.final != nil {
+		t.Errorf("a killed box reported %+v", x.final)
+	}
+	x.Kill() // after the end
+	if err := x.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	x.Kill() // after Close
+	if a, b := x.Wait(), x.Wait(); a != b {
+		t.Errorf("Wait() = %+v, then %+v", a, b)
+	}
+}
+
+func testEndOfInput(t *testing.T, s *suite) {
+	x := s.start(t, box.Config{})
+	x.until(t, "deaf", "trap '' TERM INT HUP; echo deaf; while :; do sleep 1000; done")
+	if err := x.Stdin().Close(); err != nil {
+		t.Fatal(err)
+	}
+	x.finish(t)
+	idle := s.start(t, box.Config{})
+	if err := idle.Stdin().Close(); err != nil {
+		t.Fatal(err)
+	}
+	idle.finish(t)
+}
+
+func testCancelled(t *testing.T, s *suite) {
+	why := errors.New("changed my mind")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	name := "c-" + strings.ToLower(rand.Text())
+	b, err := s.e.Start(ctx, box.Config{ID: name, Limits: limits})
+	if !errors.Is(err, why) {
+		t.Errorf("Start with a cancelled context: %v, want %v", err, why)
+	}
+	if b != nil {
+		t.Errorf("Start gave a box and %v", err)
+	}
+	wantNoTraces(t, name)
+}
+
+func testSameID(t *testing.T, s *suite) {
+	x := s.start(t, box.Config{})
+	if _, err := s.e.Start(t.Context(), box.Config{ID: x.id, Limits: limits}); err == nil {
+		t.Error("two boxes of one ID")
+	}
+	for _, id := range []string{"", "..", "a/b", "A", strings.Repeat("a", 100)} {
+		if _, err := s.e.Start(t.Context(), box.Config{ID: id, Limits: limits}); err == nil {
+			t.Errorf("Start took the ID %q", id)
+		}
+	}
+	x.order(t, "echo still here") // the second one's failure did it no harm
+	x.finish(t)
+	if x.out.String() != "still here\n" {
+		t.Errorf("output %q", x.out.String())
+	}
+}
+
+// testClose closes boxes in every state; the clean-up of start looks for traces.
+func testClose(t *testing.T, s *suite) {
+	idle := s.start(t, box.Config{})
+	if err := idle.Close(); err != nil {
+		t.Errorf("Close of an idle box: %v", err)
+	}
+	wantNoTraces(t, idle.id)
+	busy := s.start(t, box.Config{})
+	busy.until(t, "busy", "mkdir -p a/b; chmod 0 a; (setsid sleep 1000 &) ; echo busy; cat /dev/zero > /dev/null")
+	if err := errors.Join(busy.Close(), busy.Close()); err != nil {
+		t.Errorf("Close of a busy box: %v", err)
+	}
+	wantNoTraces(t, busy.id)
+	if _, err := busy.Stdin().Write([]byte("x")); err == nil {
+		t.Error("a closed box still takes orders")
+	}
+}
+
+func testMany(t *testing.T, s *suite) {
+	var all sync.WaitGroup
+	defer all.Wait()
+	for i := range 20 {
+		x := s.start(t, box.Config{})
+		all.Go(func() {
+			x.order(t, fmt.Sprintf("echo %d; cat *.none", i))
+			x.finish(t)
+			if want := fmt.Sprintf("%d\n", i); x.out.String() != want {
+				t.Errorf("box %d said %q, want %q", i, x.out.String(), want)
+			}
+			if err := x.Close(); err != nil {
+				t.Errorf("box %d: Close: %v", i, err)
+			}
+		})
+	}
+}
