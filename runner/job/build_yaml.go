@@ -133,8 +133,9 @@ func (f *yamlFile) checkText(text []byte) error {
 		return f.at(1, 1, "save it as UTF-8", "the file is UTF-16")
 	}
 	for i, line := range f.lines {
+		column := 0
 		for at, r := range line {
-			column := utf8.RuneCountInString(line[:at]) + 1
+			column++
 			if r == utf8.RuneError && !strings.HasPrefix(line[at:], "\ufffd") {
 				return f.at(i+1, column, "save it as UTF-8", "this is not UTF-8")
 			}
