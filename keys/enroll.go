@@ -55,6 +55,10 @@ var (
 	emailForm = regexp.MustCompile(`^[A-Za-z0-9.!#$%&'*+/=?^_{|}~-]+@[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$`)
 )
 
+// ValidName reports whether s may name a user: 1 to 32 of a-z 0-9 . _ -, beginning
+// with a letter or a digit. Such a name is also a safe file name.
+func ValidName(s string) bool { return nameForm.MatchString(s) }
+
 // Roles returns the roles that may be enrolled, the extra ones last.
 func (b *Book) Roles() []Role {
 	return append([]Role{Student, Power, Staff, Admin, Runner}, b.Extra...)
@@ -90,7 +94,7 @@ func (b *Book) Check(e Enrollment) (User, Key, error) {
 // checkUser merges e into the user it names, or into a new one.
 func (b *Book) checkUser(e Enrollment, now time.Time) (User, error) {
 	name := strings.ToLower(strings.TrimSpace(e.User))
-	if !nameForm.MatchString(name) {
+	if !ValidName(name) {
 		return User{}, refuse("use 1 to 32 of a-z 0-9 . _ -, beginning with a letter or a digit", "bad user name %q", clip(e.User))
 	}
 	u, old := b.users[name]

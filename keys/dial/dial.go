@@ -121,6 +121,7 @@ func splitPort(s string) (host string, port int, err error) {
 // A Client is one connection. Its methods are safe for concurrent use.
 type Client struct {
 	conn ssh.Conn
+	host ssh.PublicKey
 	wg   sync.WaitGroup
 	done chan struct{} // closed when the connection has ended
 	err  error         // why; set before done closes
@@ -150,7 +151,11 @@ func New(ctx context.Context, conn net.Conn, t Target) (*Client, error) {
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetNoDelay(true) // Go's default; live output depends on it
 	}
-	cfg, cleanup, err := config(conn, t)
+	var host ssh.PublicKey
+	cfg, cleanup, err := config(t, func(k ssh.PublicKey) {
+		host = k
+		conn.SetDeadline(time.Now().Add(loginTimeout))
+	})
 	if err != nil {
 		conn.Close()
 		return nil, err
@@ -167,12 +172,12 @@ func New(ctx context.Context, conn net.Conn, t Target) (*Client, error) {
 		return nil, explain(t, err)
 	}
 	conn.SetDeadline(time.Time{})
-	return start(c, chans, reqs), nil
+	return start(c, host, chans, reqs), nil
 }
 
 // start starts the goroutines that a connection needs; Close waits for them.
-func start(conn ssh.Conn, chans <-chan ssh.NewChannel, reqs <-chan *ssh.Request) *Client {
-	c := &Client{conn: conn, done: make(chan struct{}), asked: make(chan struct{})}
+func start(conn ssh.Conn, host ssh.PublicKey, chans <-chan ssh.NewChannel, reqs <-chan *ssh.Request) *Client {
+	c := &Client{conn: conn, host: host, done: make(chan struct{}), asked: make(chan struct{})}
 	c.wg.Go(func() {
 		for ch := range chans { // a server has no business opening channels to us
 			ch.Reject(ssh.Prohibited, "no channels to a client")
@@ -226,6 +231,9 @@ func (c *Client) Done() <-chan struct{} { return c.done }
 
 // ServerVersion returns what the server calls itself, "SSH-2.0-raid".
 func (c *Client) ServerVersion() string { return string(c.conn.ServerVersion()) }
+
+// HostKey returns the key that the server proved to hold.
+func (c *Client) HostKey() ssh.PublicKey { return c.host }
 
 // leave notes that a session was closed before its command had ended.
 func (c *Client) leave() {

@@ -12,8 +12,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"time"
 
+	"github.com/rai-project/raid/keys"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/crypto/ssh/knownhosts"
@@ -88,8 +88,9 @@ func explain(t Target, err error) error {
 	return fmt.Errorf("%w to %s: %w", ErrConnect, t.Addr, err)
 }
 
-// config makes the handshake's configuration; cleanup releases the agent.
-func config(conn net.Conn, t Target) (cfg *ssh.ClientConfig, cleanup func(), err error) {
+// config makes the handshake's configuration. trusted is called with the server's key
+// once it has passed; cleanup releases the agent.
+func config(t Target, trusted func(ssh.PublicKey)) (cfg *ssh.ClientConfig, cleanup func(), err error) {
 	check, algorithms, err := pin(t)
 	if err != nil {
 		return nil, nil, err
@@ -111,11 +112,11 @@ func config(conn net.Conn, t Target) (cfg *ssh.ClientConfig, cleanup func(), err
 		ClientVersion:     "SSH-2.0-rai",
 		HostKeyAlgorithms: algorithms,
 		HostKeyCallback: func(addr string, remote net.Addr, key ssh.PublicKey) error {
-			if err := check(addr, remote, key); err != nil {
-				return err
+			err := check(addr, remote, key)
+			if err == nil {
+				trusted(key)
 			}
-			conn.SetDeadline(time.Now().Add(loginTimeout))
-			return nil
+			return err
 		},
 	}, cleanup, nil
 }
@@ -281,6 +282,31 @@ func (t *Target) Trust(knownHosts, identity string) error {
 	}
 	if f := filepath.Join(home, ".ssh", "known_hosts"); regular(f) {
 		t.KnownHosts = []string{f}
+	}
+	return nil
+}
+
+// Identify fills in the keys to log in with, for programs a person started: the file
+// identity, if named; else the agent's and those of ssh(1)'s usual files that need no
+// passphrase. ask is as for keys.LoadSigner.
+func (t *Target) Identify(identity string, ask func(string) ([]byte, error)) error {
+	if identity != "" {
+		s, err := keys.LoadSigner(identity, ask)
+		if err != nil {
+			return err
+		}
+		t.Signers = append(t.Signers, s)
+		return nil
+	}
+	t.Agent = true
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return nil
+	}
+	for _, n := range []string{"id_ed25519", "id_ecdsa", "id_rsa"} {
+		if s, err := keys.LoadSigner(filepath.Join(home, ".ssh", n), nil); err == nil {
+			t.Signers = append(t.Signers, s)
+		}
 	}
 	return nil
 }
