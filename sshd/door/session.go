@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/netip"
 	"strconv"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -79,7 +78,8 @@ func newSession(c *conn, who keys.Identity, ch ssh.Channel) *Session {
 		resized: make(chan struct{}, 1),
 		signals: make(chan string, 4),
 	}
-	s.out.to, s.err.to = ch, ch.Stderr()
+	s.out.open(ch)
+	s.err.open(ch.Stderr())
 	return s
 }
 
@@ -311,8 +311,13 @@ type stream struct {
 	raw atomic.Bool
 	bad atomic.Pointer[error] // why writes fail; nil while they do not
 
-	mu   sync.Mutex // held over a Write
-	last byte       // of the previous Write, for line ends
+	turn chan struct{} // holds one token; a Write takes it, perhaps for hours
+	last byte          // of the previous Write, for line ends
+}
+
+func (w *stream) open(to io.Writer) {
+	w.to, w.turn = to, make(chan struct{}, 1)
+	w.turn <- struct{}{}
 }
 
 // fail makes writes fail with err, from the next packet on.
@@ -321,13 +326,13 @@ func (w *stream) fail(err error) { w.bad.CompareAndSwap(nil, &err) }
 // stop makes writes fail and waits for one that is under way.
 func (w *stream) stop() {
 	w.fail(errSessionOver)
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	<-w.turn
+	w.turn <- struct{}{}
 }
 
 func (w *stream) Write(p []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	<-w.turn
+	defer func() { w.turn <- struct{}{} }()
 	if w.tty && !w.raw.Load() {
 		return w.writeLines(p)
 	}
