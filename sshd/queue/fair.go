@@ -51,14 +51,21 @@ func (c *Core) nodeOf(e *entry) *node {
 // enqueue puts a job in its user's queue. Whoever turns eligible by it is lifted to
 // V less the burst credit: idling banks nothing, and a debt is never forgiven.
 func (c *Core) enqueue(e *entry) {
+	for n := c.nodeOf(e); n.parent != nil; n = n.parent {
+		if n.queued == 0 {
+			n.used = max(n.used, n.parent.start-c.policy.Burst)
+			c.charged[n] = true
+		}
+	}
+	c.insert(e)
+}
+
+// insert puts a job in its place among its user's queued jobs.
+func (c *Core) insert(e *entry) {
 	u := c.nodeOf(e)
 	i, _ := slices.BinarySearchFunc(u.queue, e.ID, func(q *entry, id int64) int { return cmp.Compare(q.ID, id) })
 	u.queue = slices.Insert(u.queue, i, e)
 	for n := u; n != nil; n = n.parent {
-		if n.queued == 0 && n.parent != nil {
-			n.used = max(n.used, n.parent.start-c.policy.Burst)
-			c.charged[n] = true
-		}
 		n.queued++
 	}
 }

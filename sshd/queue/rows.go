@@ -135,7 +135,7 @@ func (c *Core) loadJob(now Millis, row Row) error {
 	e := &entry{Record: r.Record, granted: r.Granted, charge: r.Charge, heard: now}
 	c.jobs[e.ID] = e
 	if e.State == job.Queued {
-		c.enqueue(e)
+		c.insert(e)
 		return nil
 	}
 	if h := c.runners[e.Holder]; h != nil {
