@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -353,7 +354,7 @@ func TestAdopt(t *testing.T) {
 		"nothing":         func() error { return os.Remove(path) },
 		"a symbolic link": func() error { return os.Symlink("/etc/passwd", path) },
 		"a folder":        func() error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
-		"a FIFO":          func() error { return errors.Join(os.Remove(path), mkfifo(path)) },
+		"a FIFO":          func() error { return errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600)) },
 		"a file of two names": func() error {
 			os.RemoveAll(path)
 			write()

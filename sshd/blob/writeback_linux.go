@@ -20,3 +20,9 @@ func writeBack(f *os.File, off, n int64) error {
 	}
 	return nil
 }
+
+// allocate asks for room for n bytes at off, beyond the end of f, which stays where it
+// is. It is a favour: a file system that cannot, or has not so much, says so in time.
+func allocate(f *os.File, off, n int64) {
+	_ = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
