@@ -69,7 +69,7 @@ func (a *app) line() (string, error) {
 	for _, f := range []struct{ flag, value string }{
 		{"-q", a.queue}, {"--as", a.kind}, {"--gpus", a.gpus}, {"--timeout", a.timeout}, {"--name", a.name},
 	} {
-		if strings.Contains(f.value+" ", " -- ") || strings.ContainsAny(f.value, "\n\x00") {
+		if strings.Contains(" "+f.value+" ", " -- ") || strings.ContainsAny(f.value, "\n\x00") {
 			return "", usage("", "%s must not contain %q", f.flag, f.value)
 		}
 		if f.value != "" {

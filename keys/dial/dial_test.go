@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
-	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"errors"
@@ -14,10 +13,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
+	"github.com/rai-project/raid/keys/dial/dialtest"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/knownhosts"
 )
@@ -45,128 +44,13 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// A server is an SSH server in this process, as small as can be.
-type server struct {
-	addr   string
-	key    ssh.Signer
-	client ssh.Signer                                // whom it lets in
-	handle func(cmd string, ch ssh.Channel, s *seen) // ends with exit() or not at all
-	seen   seen
+func target(s *dialtest.Server) Target {
+	return Target{Addr: s.Addr, Signers: []ssh.Signer{s.Client}, HostKeys: []string{dialtest.Line(s.Host)}}
 }
 
-// seen is what a server noticed.
-type seen struct {
-	left   chan string // why each session that we did not end was over: "left", "lost"
-	signal chan string
-}
-
-func signer(t testing.TB) ssh.Signer {
+func connect(t testing.TB, s *dialtest.Server) *Client {
 	t.Helper()
-	_, priv, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := ssh.NewSignerFromKey(priv)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-func exit(ch ssh.Channel, status uint32) {
-	ch.SendRequest("exit-status", false, ssh.Marshal(struct{ S uint32 }{status}))
-	ch.CloseWrite()
-	ch.Close()
-}
-
-// serve starts a server; every command goes to handle.
-func serve(t testing.TB, handle func(string, ssh.Channel, *seen), more ...ssh.Signer) *server {
-	t.Helper()
-	s := &server{key: signer(t), client: signer(t), handle: handle}
-	s.seen = seen{left: make(chan string, 9), signal: make(chan string, 9)}
-	cfg := &ssh.ServerConfig{PublicKeyCallback: func(_ ssh.ConnMetadata, k ssh.PublicKey) (*ssh.Permissions, error) {
-		if !bytes.Equal(k.Marshal(), s.client.PublicKey().Marshal()) {
-			return nil, errors.New("unknown key")
-		}
-		return nil, nil
-	}}
-	for _, k := range append(more, s.key) {
-		cfg.AddHostKey(k)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.addr = l.Addr().String()
-	var wg sync.WaitGroup
-	var mu sync.Mutex
-	var conns []net.Conn
-	wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			mu.Lock()
-			conns = append(conns, c)
-			mu.Unlock()
-			wg.Go(func() { s.conn(c, cfg, &wg) })
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		mu.Lock()
-		for _, c := range conns {
-			c.Close()
-		}
-		mu.Unlock()
-		wg.Wait()
-	})
-	return s
-}
-
-func (s *server) conn(c net.Conn, cfg *ssh.ServerConfig, wg *sync.WaitGroup) {
-	defer c.Close()
-	conn, chans, reqs, err := ssh.NewServerConn(c, cfg)
-	if err != nil {
-		return
-	}
-	wg.Go(func() { ssh.DiscardRequests(reqs) })
-	for n := range chans {
-		ch, reqs, err := n.Accept()
-		if err != nil {
-			continue
-		}
-		wg.Go(func() {
-			for r := range reqs {
-				var p struct{ S string }
-				ssh.Unmarshal(r.Payload, &p)
-				r.Reply(true, nil)
-				switch r.Type {
-				case "exec":
-					wg.Go(func() { s.handle(p.S, ch, &s.seen) })
-				case "signal":
-					s.seen.signal <- p.S
-				}
-			}
-			// As raid does: a closed channel on a connection that answers was closed on purpose.
-			// An answer that arrived counts even if the connection has ended since.
-			if _, _, err := conn.SendRequest("keepalive@openssh.com", true, nil); err == nil {
-				s.seen.left <- "left"
-			} else {
-				s.seen.left <- "lost"
-			}
-		})
-	}
-}
-
-func (s *server) target() Target {
-	return Target{Addr: s.addr, Signers: []ssh.Signer{s.client}, HostKeys: []string{string(ssh.MarshalAuthorizedKey(s.key.PublicKey()))}}
-}
-
-func connect(t testing.TB, s *server) *Client {
-	t.Helper()
-	c, err := Dial(t.Context(), s.target())
+	c, err := Dial(t.Context(), target(s))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -175,11 +59,11 @@ func connect(t testing.TB, s *server) *Client {
 }
 
 func TestRun(t *testing.T) {
-	s := serve(t, func(cmd string, ch ssh.Channel, _ *seen) {
+	s := dialtest.Serve(t, func(cmd string, ch ssh.Channel) {
 		in, _ := io.ReadAll(ch)
 		fmt.Fprintf(ch, "out %s %d", cmd, len(in))
 		fmt.Fprint(ch.Stderr(), "err")
-		exit(ch, 42)
+		dialtest.Exit(ch, 42)
 	})
 	c := connect(t, s)
 	for range 3 { // several sessions on one connection
@@ -196,7 +80,7 @@ func TestRun(t *testing.T) {
 
 // A command that ends before its input does must not be waited for.
 func TestRunEarlyEnd(t *testing.T) {
-	s := serve(t, func(_ string, ch ssh.Channel, _ *seen) { exit(ch, 126) })
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) { dialtest.Exit(ch, 126) })
 	c := connect(t, s)
 	r, w := io.Pipe()
 	defer w.Close()
@@ -208,11 +92,11 @@ func TestRunEarlyEnd(t *testing.T) {
 // Half an input must never look like the whole.
 func TestRunBrokenInput(t *testing.T) {
 	eof := make(chan bool, 1)
-	s := serve(t, func(_ string, ch ssh.Channel, seen *seen) {
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) {
 		io.Copy(io.Discard, ch)
 		_, err := ch.SendRequest("ping", true, nil) // fails once the client has closed the channel
 		eof <- err == nil
-		exit(ch, 0)
+		dialtest.Exit(ch, 0)
 	})
 	c := connect(t, s)
 	broken := errors.New("disk on fire")
@@ -231,10 +115,10 @@ func (f failing) Read([]byte) (int, error)  { return 0, f.err }
 func (f failing) Write([]byte) (int, error) { return 0, f.err }
 
 func TestRunBrokenOutput(t *testing.T) {
-	s := serve(t, func(_ string, ch ssh.Channel, _ *seen) {
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) {
 		fmt.Fprint(ch, "result")
 		fmt.Fprint(ch.Stderr(), "result")
-		exit(ch, 0)
+		dialtest.Exit(ch, 0)
 	})
 	full := errors.New("disk full")
 	if code, err := connect(t, s).Run(t.Context(), "output 1", nil, failing{full}, nil); !errors.Is(err, full) {
@@ -250,7 +134,7 @@ func TestCancelIsDeliberate(t *testing.T) {
 	stop := errors.New("stopped by you")
 	for range 20 {
 		ctx, cancel := context.WithCancelCause(t.Context())
-		s := serve(t, func(_ string, ch ssh.Channel, _ *seen) {
+		s := dialtest.Serve(t, func(_ string, ch ssh.Channel) {
 			cancel(stop)
 			io.Copy(io.Discard, ch)
 		})
@@ -260,7 +144,7 @@ func TestCancelIsDeliberate(t *testing.T) {
 		}
 		start := time.Now()
 		c.Close()
-		if got := <-s.seen.left; got != "left" {
+		if got := <-s.Left; got != "left" {
 			t.Fatalf("the server thinks we were %q, want %q", got, "left")
 		}
 		if d := time.Since(start); d >= lingerFor {
@@ -273,26 +157,26 @@ func TestCancelIsDeliberate(t *testing.T) {
 func TestKilledIsLost(t *testing.T) {
 	var c *Client
 	ready := make(chan struct{})
-	s := serve(t, func(_ string, ch ssh.Channel, _ *seen) { close(ready); io.Copy(io.Discard, ch) })
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) { close(ready); io.Copy(io.Discard, ch) })
 	c = connect(t, s)
 	go func() { <-ready; c.conn.Close() }()
 	if _, err := c.Run(t.Context(), "submit", nil, nil, nil); !errors.Is(err, ErrLost) {
 		t.Errorf("Run = %v, want ErrLost", err)
 	}
-	if got := <-s.seen.left; got != "lost" {
+	if got := <-s.Left; got != "lost" {
 		t.Errorf("the server thinks we %q, want lost", got)
 	}
 }
 
 // A network that swallows everything must not hold up Ctrl-C for a minute.
 func TestCancelOnDeadNetwork(t *testing.T) {
-	s := serve(t, func(_ string, ch ssh.Channel, _ *seen) { fmt.Fprint(ch, "x"); io.Copy(io.Discard, ch) })
-	raw, err := net.Dial("tcp", s.addr)
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) { fmt.Fprint(ch, "x"); io.Copy(io.Discard, ch) })
+	raw, err := net.Dial("tcp", s.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	hole := &blackHole{Conn: raw, shut: make(chan struct{})}
-	c, err := New(t.Context(), hole, s.target())
+	c, err := New(t.Context(), hole, target(s))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -328,9 +212,9 @@ func (b *blackHole) Write(p []byte) (int, error) {
 }
 
 func TestSession(t *testing.T) {
-	s := serve(t, func(_ string, ch ssh.Channel, _ *seen) {
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) {
 		io.Copy(ch, ch)
-		exit(ch, 0)
+		dialtest.Exit(ch, 0)
 	})
 	c := connect(t, s)
 	p, err := c.Start(t.Context(), "runner join", nil)
@@ -348,7 +232,7 @@ func TestSession(t *testing.T) {
 		}
 	}
 	p.Signal("INT")
-	if got := <-s.seen.signal; got != "INT" {
+	if got := <-s.Signals; got != "INT" {
 		t.Errorf("signal %q, want INT", got)
 	}
 	p.Stdin.Close()
@@ -375,9 +259,9 @@ func ecdsaSigner(t *testing.T) ssh.Signer {
 
 func TestHostKey(t *testing.T) {
 	// ecdsa is what a client would choose by itself; only ed25519 is known.
-	s := serve(t, func(_ string, ch ssh.Channel, _ *seen) { exit(ch, 0) }, ecdsaSigner(t))
-	host := knownhosts.Normalize(s.addr)
-	other := signer(t)
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) { dialtest.Exit(ch, 0) }, ecdsaSigner(t))
+	host := knownhosts.Normalize(s.Addr)
+	other := dialtest.Signer(t)
 	file := func(lines ...string) []string {
 		f := filepath.Join(t.TempDir(), "known_hosts")
 		if err := os.WriteFile(f, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
@@ -386,27 +270,27 @@ func TestHostKey(t *testing.T) {
 		return []string{f}
 	}
 	line := func(k ssh.Signer) string { return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(k.PublicKey()))) }
-	revoked := "@revoked * " + line(s.key)
+	revoked := "@revoked * " + line(s.Host)
 	for _, c := range []struct {
 		name  string
 		hosts []string
 		keys  []string
 		want  HostKeyError // Addr "" for none
 	}{
-		{"pinned", nil, []string{line(s.key)}, HostKeyError{}},
-		{"plain", file(host + " " + line(s.key)), nil, HostKeyError{}},
-		{"hashed", file(knownhosts.HashHostname(host) + " " + line(s.key)), nil, HostKeyError{}},
-		{"other pinned, known", file(host + " " + line(s.key)), []string{line(other)}, HostKeyError{}},
-		{"unknown", file("elsewhere " + line(s.key)), nil, HostKeyError{Addr: s.addr}},
-		{"nobody vouches", nil, nil, HostKeyError{Addr: s.addr}},
-		{"changed", file(host + " " + line(other)), nil, HostKeyError{Addr: s.addr, Known: true}},
-		{"other pinned", nil, []string{line(other)}, HostKeyError{Addr: s.addr, Known: true}},
-		{"port 22 only", file("127.0.0.1 " + line(s.key)), nil, HostKeyError{Addr: s.addr}},
-		{"revoked", file(revoked, host+" "+line(s.key)), nil, HostKeyError{Addr: s.addr, Revoked: true}},
-		{"revoked and pinned", file(revoked), []string{line(s.key)}, HostKeyError{Addr: s.addr, Revoked: true}},
+		{"pinned", nil, []string{line(s.Host)}, HostKeyError{}},
+		{"plain", file(host + " " + line(s.Host)), nil, HostKeyError{}},
+		{"hashed", file(knownhosts.HashHostname(host) + " " + line(s.Host)), nil, HostKeyError{}},
+		{"other pinned, known", file(host + " " + line(s.Host)), []string{line(other)}, HostKeyError{}},
+		{"unknown", file("elsewhere " + line(s.Host)), nil, HostKeyError{Addr: s.Addr}},
+		{"nobody vouches", nil, nil, HostKeyError{Addr: s.Addr}},
+		{"changed", file(host + " " + line(other)), nil, HostKeyError{Addr: s.Addr, Known: true}},
+		{"other pinned", nil, []string{line(other)}, HostKeyError{Addr: s.Addr, Known: true}},
+		{"port 22 only", file("127.0.0.1 " + line(s.Host)), nil, HostKeyError{Addr: s.Addr}},
+		{"revoked", file(revoked, host+" "+line(s.Host)), nil, HostKeyError{Addr: s.Addr, Revoked: true}},
+		{"revoked and pinned", file(revoked), []string{line(s.Host)}, HostKeyError{Addr: s.Addr, Revoked: true}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			target := s.target()
+			target := target(s)
 			target.KnownHosts, target.HostKeys = c.hosts, c.keys
 			client, err := Dial(t.Context(), target)
 			if c.want.Addr == "" {
@@ -429,7 +313,7 @@ func TestHostKey(t *testing.T) {
 		})
 	}
 	// The line of the error must be one that helps.
-	target := s.target()
+	target := target(s)
 	target.HostKeys = nil
 	_, err := Dial(t.Context(), target)
 	var e *HostKeyError
@@ -445,9 +329,9 @@ func TestHostKey(t *testing.T) {
 }
 
 func TestLogin(t *testing.T) {
-	s := serve(t, func(_ string, ch ssh.Channel, _ *seen) { exit(ch, 0) })
-	target := s.target()
-	wrong := signer(t)
+	s := dialtest.Serve(t, func(_ string, ch ssh.Channel) { dialtest.Exit(ch, 0) })
+	target := target(s)
+	wrong := dialtest.Signer(t)
 	var e *LoginError
 	for _, keys := range [][]ssh.Signer{nil, {wrong}} {
 		target.Signers = keys
@@ -456,7 +340,7 @@ func TestLogin(t *testing.T) {
 			t.Errorf("Dial with %d wrong keys = %v, want a LoginError", len(keys), err)
 		}
 	}
-	target.Signers = []ssh.Signer{wrong, s.client}
+	target.Signers = []ssh.Signer{wrong, s.Client}
 	c, err := Dial(t.Context(), target)
 	if err != nil {
 		t.Fatalf("Dial with the second key right: %v", err)
@@ -469,7 +353,7 @@ func TestDialFails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	target := Target{Addr: l.Addr().String(), Signers: []ssh.Signer{signer(t)}}
+	target := Target{Addr: l.Addr().String(), Signers: []ssh.Signer{dialtest.Signer(t)}}
 	// Somebody who accepts and says nothing: the context must end it.
 	ctx, cancel := context.WithCancelCause(t.Context())
 	late := errors.New("too late")
@@ -495,7 +379,7 @@ func TestTrust(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("HOME", dir)
 	t.Setenv("USERPROFILE", dir)
-	line := strings.TrimSpace(string(ssh.MarshalAuthorizedKey(signer(t).PublicKey())))
+	line := strings.TrimSpace(string(ssh.MarshalAuthorizedKey(dialtest.Signer(t).PublicKey())))
 	os.Mkdir(filepath.Join(dir, ".ssh"), 0o700)
 	known := filepath.Join(dir, ".ssh", "known_hosts")
 	os.WriteFile(known, nil, 0o600)
