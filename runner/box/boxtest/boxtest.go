@@ -253,6 +253,16 @@ func (s *suite) job(t *testing.T, c box.Config, steps ...string) (*session, box.
 	return x, x.finish(t)
 }
 
+// Say runs one line in a box of e and returns what it printed.
+func Say(t *testing.T, e box.Engine, c box.Config, line string) string {
+	t.Helper()
+	x, _ := (&suite{e: e}).job(t, c, line)
+	if err := x.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	return x.out.String()
+}
+
 // says runs one line and compares its output.
 func (s *suite) says(t *testing.T, line, want string) {
 	t.Helper()

@@ -99,14 +99,14 @@ var (
 
 // New returns an engine after it has started a first box and seen it work. Its errors
 // say what to install or allow. It removes what earlier processes of the same ID left.
-func New(ctx context.Context, c Config) (e *Engine, err error) {
+func New(ctx context.Context, c Config) (_ *Engine, err error) {
 	if !validID.MatchString(c.ID) {
 		return nil, fmt.Errorf("bwrap: bad runner ID %q", c.ID)
 	}
 	if c.Logf == nil {
 		c.Logf = func(string, ...any) {}
 	}
-	e = &Engine{cfg: c, uid: -1, open: map[string]bool{}, nesting: true}
+	e := &Engine{cfg: c, uid: -1, open: map[string]bool{}, nesting: true}
 	if e.bwrap, err = exec.LookPath("bwrap"); err != nil {
 		return nil, errors.New("bubblewrap is not installed: apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora, RHEL)")
 	}

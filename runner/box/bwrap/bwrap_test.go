@@ -2,17 +2,21 @@ package bwrap_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/rai-project/raid/runner/box"
 	"github.com/rai-project/raid/runner/box/boxtest"
 	"github.com/rai-project/raid/runner/box/bwrap"
+	"github.com/rai-project/raid/runner/job"
 )
 
 func TestMain(m *testing.M) { boxtest.Main(m) }
@@ -118,5 +122,105 @@ func TestConformanceAsUser(t *testing.T) {
 	}
 	if !strings.Contains(string(out), "jobs run as the runner's own user") {
 		t.Error("the engine did not say what does not hold without root")
+	}
+}
+
+// An image is a root folder by name: here the host's own, as a stand-in.
+func TestImage(t *testing.T) {
+	need(t)
+	e, err := bwrap.New(t.Context(), bwrap.Config{ID: boxtest.ID(), Exe: hidden(t), Args: []string{"shim"}, Logf: t.Logf,
+		Images: map[string]string{"course/base": "/", "gone": "/no/such/folder"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	out := boxtest.Say(t, e, box.Config{Image: "course/base"}, "whoami; ls /home; ls /var/tmp; touch /usr/x 2>/dev/null || echo read-only; echo x > /tmp/x && cat /tmp/x")
+	if want := "rai\nrai\nread-only\nx\n"; out != want {
+		t.Errorf("in an image: %q, want %q", out, want)
+	}
+	if _, err := e.Start(t.Context(), box.Config{ID: "gone", Image: "gone"}); err == nil || !strings.Contains(err.Error(), "/no/such/folder") {
+		t.Errorf("Start with a missing image: %v, want its folder named", err)
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	need(t)
+	for _, c := range []struct {
+		name string
+		cfg  bwrap.Config
+		want string
+	}{
+		{"no ID", bwrap.Config{Exe: "/bin/true"}, "bad runner ID"},
+		{"odd ID", bwrap.Config{ID: "../x", Exe: "/bin/true"}, "bad runner ID"},
+		{"no shim", bwrap.Config{ID: boxtest.ID(), Exe: "/no/such/shim"}, "copy the shim"},
+		{"not ours", bwrap.Config{ID: boxtest.ID(), Exe: "/bin/true", RunDir: "/tmp"}, "is not ours"},
+		{"a link", bwrap.Config{ID: boxtest.ID(), Exe: "/bin/true", RunDir: link(t)}, "is not ours"},
+		{"behind a closed door", bwrap.Config{ID: boxtest.ID(), Exe: "/bin/true", RunDir: filepath.Join(filepath.Dir(hidden(t)), "run")}, "chmod o+x"},
+	} {
+		if c.want == "chmod o+x" && os.Geteuid() != 0 {
+			continue // one's own folders are never closed to oneself
+		}
+		e, err := bwrap.New(t.Context(), c.cfg)
+		if err == nil {
+			e.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: New: %v, want %q in it", c.name, err, c.want)
+		}
+	}
+	t.Setenv("PATH", t.TempDir())
+	if _, err := bwrap.New(t.Context(), bwrap.Config{ID: "x", Exe: "/bin/true"}); err == nil || !strings.Contains(err.Error(), "apt install bubblewrap") {
+		t.Errorf("New without bwrap: %v, want the remedy", err)
+	}
+}
+
+func link(t *testing.T) string {
+	name := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(t.TempDir(), name); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// A second engine of the same ID must not sweep the first one's boxes away.
+func TestOneEngine(t *testing.T) {
+	id := boxtest.ID()
+	e := newEngine(t, id)
+	defer e.Close()
+	if _, err := bwrap.New(t.Context(), bwrap.Config{ID: id, Exe: "/bin/true"}); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("a second engine: %v, want in use", err)
+	}
+	if got := boxtest.Say(t, e, box.Config{}, "echo fine"); got != "fine\n" {
+		t.Errorf("the first engine's box said %q", got)
+	}
+}
+
+// BenchmarkBox prints what a box costs: until its shim is ready, and to remove it.
+// Medians, for a busy machine has a long tail.
+func BenchmarkBox(b *testing.B) {
+	e := newEngine(b, boxtest.ID())
+	defer e.Close()
+	var start, ready, remove []time.Duration
+	limits := job.Limits{Memory: 1 << 30, CPUs: 2, Pids: 4096, Disk: 10 << 30}
+	for i := range b.N {
+		t0 := time.Now()
+		x, err := e.Start(b.Context(), box.Config{ID: fmt.Sprintf("b%d", i), Limits: limits})
+		if err != nil {
+			b.Fatal(err)
+		}
+		t1 := time.Now()
+		if k, _, err := job.NewFrameReader(x.Stdout()).Next(); k != job.Ready || err != nil {
+			b.Fatalf("%q, %v", k, err)
+		}
+		t2 := time.Now()
+		if err := x.Close(); err != nil {
+			b.Fatal(err)
+		}
+		start, ready, remove = append(start, t1.Sub(t0)), append(ready, t2.Sub(t0)), append(remove, time.Since(t2))
+	}
+	for name, ds := range map[string][]time.Duration{"start": start, "ready": ready, "close": remove} {
+		slices.Sort(ds)
+		b.ReportMetric(ds[0].Seconds()*1000, "ms-"+name+"-min")
+		b.ReportMetric(ds[len(ds)/2].Seconds()*1000, "ms-"+name)
 	}
 }

@@ -68,7 +68,7 @@ func findForest(id string) (f forest, missing []string) {
 		if m.kind != "cgroup2" {
 			continue
 		}
-		if dir := plant(m.at, filepath.Join(m.at, m.below(groupOf(string(own), ""))), id); dir != "" {
+		if dir := plant(m.at, filepath.Join(m.at, m.below(groupOf(string(own), ""))), id, os.Geteuid() == 0); dir != "" {
 			return forest{v2: dir}, nil
 		}
 	}
@@ -107,24 +107,54 @@ func groupOf(text, c string) string {
 }
 
 // plant makes the folder for boxes in the v2 tree mounted at top and returns it, or
-// "" where that is not allowed. It tries the runner's own group (a unit with
-// Delegate=yes), then those above it up to the top: the first that has no processes
-// of its own and hands on memory and pids (cgroup-v2.rst, "No Internal Process
+// "" where that is not allowed. The first of places that has no processes of its own
+// and hands on memory and pids is taken (cgroup-v2.rst, "No Internal Process
 // Constraint"; only the real root is exempt).
-func plant(top, own, id string) string {
-	leaveOnly(own)
-	for dir := own; ; dir = filepath.Dir(dir) {
+func plant(top, own, id string, root bool) string {
+	for _, dir := range places(top, own, root) {
 		home := filepath.Join(dir, "raid-"+id)
 		if dir == top {
 			home = filepath.Join(dir, "raid", id)
 		}
+		if dir == own {
+			leaveOnly(own)
+		}
 		if handOn(dir, filepath.Dir(home), home) == nil {
 			return home
 		}
-		if dir == top || !strings.HasPrefix(dir, top) {
-			return ""
+	}
+	return ""
+}
+
+// places returns where boxes may be planted, best first: the runner's own group if it
+// was delegated; then, for root, the top, where the next process will find it again;
+// for others every group above, for one of them may be theirs.
+func places(top, own string, root bool) []string {
+	if !strings.HasPrefix(own, top) {
+		return nil
+	}
+	if root && delegated(own) && own != top {
+		return []string{own, top}
+	}
+	if root {
+		return []string{top}
+	}
+	var dirs []string
+	for dir := own; dir != top; dir = filepath.Dir(dir) {
+		dirs = append(dirs, dir)
+	}
+	return append(dirs, top)
+}
+
+// delegated reports systemd's mark of Delegate=yes (systemd.resource-control(5)).
+func delegated(dir string) bool {
+	b := make([]byte, 1)
+	for _, attr := range [...]string{"trusted.delegate", "user.delegate"} {
+		if n, err := unix.Getxattr(dir, attr, b); err == nil && n == 1 && b[0] == '1' {
+			return true
 		}
 	}
+	return false
 }
 
 // leaveOnly moves this process into a leaf of its own group, if it is the only one

@@ -55,14 +55,14 @@ const (
 )
 
 // start starts a box that runs argv.
-func (e *Engine) start(ctx context.Context, c box.Config, argv []string) (b *sandbox, err error) {
+func (e *Engine) start(ctx context.Context, c box.Config, argv []string) (_ *sandbox, err error) {
 	if !validName.MatchString(c.ID) {
 		return nil, fmt.Errorf("bad box ID %q", c.ID)
 	}
 	if !e.reserve(c.ID) {
 		return nil, errors.New("a box of this ID is open")
 	}
-	b = &sandbox{name: c.ID, e: e, init: -1, done: make(chan struct{})}
+	b := &sandbox{name: c.ID, e: e, init: -1, done: make(chan struct{})}
 	started := false
 	defer func() {
 		if err != nil {
@@ -98,7 +98,10 @@ func (e *Engine) start(ctx context.Context, c box.Config, argv []string) (b *san
 	if err := <-forked; err != nil {
 		return nil, err
 	}
-	return b, b.handshake(ctx, w)
+	if err := b.handshake(ctx, w); err != nil {
+		return nil, err
+	}
+	return b, nil
 }
 
 // reserve notes that a box is open, unless one of that name is.
