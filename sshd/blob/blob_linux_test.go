@@ -59,7 +59,7 @@ func uploadForever(t *testing.T, dir string) {
 			t.Fatal(err)
 		}
 		fmt.Fprint(u, rand.Uint64())
-		io.CopyN(u, repeat("0123456789"), rand.Int64N(1<<20))
+		io.CopyN(u, repeat("0123456789"), rand.Int64N(1<<18))
 		k, err := u.Commit()
 		if err != nil {
 			t.Fatal(err)

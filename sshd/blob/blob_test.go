@@ -293,7 +293,7 @@ func TestList(t *testing.T) {
 	dir := t.TempDir()
 	f := open(t, dir, blob.Options{})
 	var want []blob.Key
-	for i := range 50 {
+	for i := range 20 {
 		want = append(want, put(t, f, fmt.Sprint(i)))
 	}
 	slices.Sort(want)
