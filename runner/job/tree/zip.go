@@ -137,6 +137,9 @@ func directoryLimit(lim Limits) int64 {
 }
 
 func (d *directory) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 { // archive/zip takes offsets from the file as they are
+		return 0, zip.ErrFormat
+	}
 	if d.left < int64(len(p)) {
 		return 0, errDirectory
 	}
