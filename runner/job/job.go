@@ -143,12 +143,13 @@ type Job struct {
 	SourceSHA256 string  `json:"source_sha256"`
 }
 
-// Tenant is whom fairness is between: the team, or the user without one.
+// Tenant is whom fairness is between: the team, or the user without one, marked so
+// that no user can be taken for a team.
 func (j *Job) Tenant() string {
 	if j.Team != "" {
 		return j.Team
 	}
-	return j.User
+	return "~" + j.User
 }
 
 // A Record is all that raid keeps of a job: the public object and what only raid

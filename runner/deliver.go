@@ -1,0 +1,246 @@
+package runner
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/rai-project/raid/keys/dial"
+	"github.com/rai-project/raid/runner/job"
+)
+
+// wireRoom is how much of an archive or a source travels in one frame.
+const wireRoom = 256 << 10
+
+// deliver sends an attempt to raid while it runs and until raid has committed its
+// result. It returns nil then, errStale when raid does not want it, or why ctx ended.
+func (r *Runner) deliver(ctx context.Context, a *attempt) error {
+	wait := retryMin
+	for {
+		client, err := r.connection(ctx)
+		if err != nil {
+			return err
+		}
+		err = a.send(ctx, client)
+		switch {
+		case err == nil, errors.Is(err, errStale):
+			a.cancel(errStale) // a box that still runs has nobody to report to
+			return err
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		}
+		select {
+		case <-a.over:
+			if a.result == nil {
+				return errStale // nothing will ever come
+			}
+		default:
+		}
+		r.Logf("job %d: sending stopped: %v", a.offer.Job, err)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		wait = min(2*wait, retryMax)
+	}
+}
+
+// send opens one session and sends what raid has not, from the byte it names.
+func (a *attempt) send(ctx context.Context, client *dial.Client) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s, err := client.Start(ctx, fmt.Sprintf("runner attempt %d %d", a.offer.Job, a.offer.Fence), nil)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	lines := bufio.NewReader(s.Stdout)
+	have, err := readHave(lines)
+	if err != nil {
+		return err
+	}
+	answer := make(chan error, 1)
+	go func() { // ends with the session, which Close ends
+		err := readAnswer(lines)
+		cancel(err)
+		answer <- err
+	}()
+	defer func() { s.Close(); <-answer }()
+	if err := a.sendFrom(ctx, s.Stdin, have); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return cause
+		}
+		return err
+	}
+	err = <-answer
+	answer <- err
+	if errors.Is(err, errDone) {
+		return nil
+	}
+	return err
+}
+
+// errDone is raid's word that the result is committed.
+var errDone = errors.New("done")
+
+func readHave(lines *bufio.Reader) (int64, error) {
+	line, err := lines.ReadString('\n')
+	if err != nil {
+		return 0, fmt.Errorf("raid answered %q: %w", line, err)
+	}
+	if line == "stale\n" {
+		return 0, errStale
+	}
+	n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimPrefix(line, "have "), "\n"), 10, 64)
+	if err != nil || n < 0 {
+		return 0, fmt.Errorf("raid answered %q", line)
+	}
+	return n, nil
+}
+
+// readAnswer reads acknowledgements until raid says how it ends.
+func readAnswer(lines *bufio.Reader) error {
+	for {
+		line, err := lines.ReadString('\n')
+		switch {
+		case err != nil:
+			return errCut
+		case line == "done\n":
+			return errDone
+		case line == "stale\n":
+			return errStale
+		}
+	}
+}
+
+// sendFrom sends the log from byte have, then what have leaves of the archive, then
+// the result. have counts the bytes of the log and after them those of the archive.
+func (a *attempt) sendFrom(ctx context.Context, w io.Writer, have int64) error {
+	begun, err := a.sendLog(ctx, w, min(have, a.log.Size()))
+	if err != nil {
+		return err
+	}
+	select {
+	case <-a.over:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if a.result == nil {
+		return errStale
+	}
+	if !begun && a.begun.Load() {
+		if err := job.WriteFrame(w, job.Begun, nil); err != nil {
+			return err
+		}
+	}
+	if err := job.WriteFrame(w, job.Sealed, nil); err != nil {
+		return err
+	}
+	if err := a.sendArchive(w, max(0, have-a.log.Size())); err != nil {
+		return err
+	}
+	res, err := json.Marshal(a.result)
+	if err != nil {
+		return err
+	}
+	return job.WriteFrame(w, job.Final, res)
+}
+
+// sendLog sends the log as it grows, until it is sealed. The news that the first
+// step has started goes before whatever the step said.
+func (a *attempt) sendLog(ctx context.Context, w io.Writer, from int64) (begun bool, err error) {
+	rd := a.log.Reader(from)
+	defer rd.Close()
+	buf := make([]byte, job.HeaderLen+job.MaxFrame) // any frame fits
+	for {
+		n, err := rd.ReadRaw(ctx, buf)
+		if !begun && a.begun.Load() {
+			begun = true
+			if err := job.WriteFrame(w, job.Begun, nil); err != nil {
+				return begun, err
+			}
+		}
+		if n > 0 {
+			if _, err := w.Write(buf[:n]); err != nil {
+				return begun, err
+			}
+		}
+		if err == io.EOF {
+			return begun, nil
+		}
+		if err != nil {
+			return begun, err
+		}
+	}
+}
+
+func (a *attempt) sendArchive(w io.Writer, from int64) error {
+	f, err := os.Open(a.archivePath())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Seek(from, io.SeekStart); err != nil {
+		return err
+	}
+	buf := make([]byte, job.HeaderLen+wireRoom)
+	for {
+		n, err := io.ReadFull(f, buf[job.HeaderLen:])
+		if n > 0 {
+			job.PutHeader(buf, job.File, n)
+			if _, err := w.Write(buf[:job.HeaderLen+n]); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// sendSource fetches the checked tar of a job and writes it into a box as frames.
+func (r *Runner) sendSource(ctx context.Context, l job.Lease, w io.Writer) error {
+	client, err := r.connection(ctx)
+	if err != nil {
+		return err
+	}
+	s, err := client.Start(ctx, fmt.Sprintf("runner source %d %d", l.Job, l.Fence), nil)
+	if err != nil {
+		return fmt.Errorf("fetch the source: %w", err)
+	}
+	defer s.Close()
+	buf := make([]byte, job.HeaderLen+wireRoom)
+	for {
+		n, err := s.Stdout.Read(buf[job.HeaderLen:])
+		if n > 0 {
+			job.PutHeader(buf, job.File, n)
+			if _, err := w.Write(buf[:job.HeaderLen+n]); err != nil {
+				return fmt.Errorf("unpack the source: %w", err)
+			}
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("fetch the source: %w", err)
+		}
+	}
+	if exit, err := s.Wait(); err != nil || exit != 0 {
+		return fmt.Errorf("fetch the source: status %d: %w", exit, err)
+	}
+	return job.WriteFrame(w, job.File, nil)
+}

@@ -1,0 +1,207 @@
+// Package runner is the process that owns one slot: it takes leases from raid, has
+// them run in boxes, and sends back output and result.
+//
+// It dials raid over SSH and opens three kinds of sessions: one `runner join` for
+// heartbeats and offers, one `runner source` a job, and one `runner attempt` a job
+// for all that comes back. Everything an attempt says is on the runner's own disk
+// first, so a cut connection or a raid that is down for an hour costs nothing: the
+// sender goes on where raid's copy ends.
+//
+// Promises: a job is never killed because raid cannot be reached (until Orphan has
+// passed); a result is kept until raid has committed it; after a kill -9 the next
+// process of the same folder leaves no box behind and sends what was not sent.
+// Non-goals: deciding what runs, and running two jobs at once: one runner, one slot.
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/rai-project/raid/keys/dial"
+	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/gpu"
+	"github.com/rai-project/raid/runner/job"
+)
+
+// Config says what a runner is. Every field but the last two is required.
+type Config struct {
+	Dir    string // its state folder; the caller holds its lock
+	Name   string // what users see
+	Pools  []string
+	Arch   string // GOARCH
+	Engine box.Engine
+	GPUs   []gpu.Device
+	Limits job.Limits // of a warm box, until an order brings its own
+	Dial   func(context.Context) (*dial.Client, error)
+	Orphan time.Duration // how long a job may run without a word from raid
+	Warm   bool          // keep one started box waiting
+	Logf   func(format string, args ...any)
+}
+
+// Why an attempt's context ends.
+var (
+	errStale  = errors.New("another attempt owns the job")
+	errOrphan = errors.New("raid could not be reached for too long")
+	errCut    = errors.New("connection to raid lost")
+)
+
+// A Runner runs one job at a time. Create it with New, start it with Run.
+type Runner struct {
+	Config
+	offers chan job.Offer
+	kick   chan struct{} // a beat is due now
+	drain  chan struct{} // closed by Drain
+	once   sync.Once
+
+	mu     sync.Mutex // protects the following
+	held   *attempt
+	idle   bool
+	client *dial.Client  // nil while there is no connection
+	up     chan struct{} // closed when client is set
+}
+
+// New returns a runner; nothing happens before Run.
+func New(c Config) *Runner {
+	return &Runner{Config: c, offers: make(chan job.Offer, 1), kick: make(chan struct{}, 1),
+		drain: make(chan struct{}), up: make(chan struct{})}
+}
+
+// Drain lets a busy runner finish and deliver its job and then ends Run; an idle one
+// ends at once. It may be called more than once.
+func (r *Runner) Drain() { r.once.Do(func() { close(r.drain); r.beatNow() }) }
+
+func (r *Runner) draining() bool {
+	select {
+	case <-r.drain:
+		return true
+	default:
+		return false
+	}
+}
+
+// Run serves until Drain or until ctx ends, which kills a running job without a
+// verdict: raid gives it to another runner. All it started has ended when it returns.
+func (r *Runner) Run(ctx context.Context) error {
+	if err := r.Engine.Sweep(ctx); err != nil {
+		return fmt.Errorf("remove old boxes: %w", err)
+	}
+	left, err := r.recover()
+	if err != nil {
+		return err
+	}
+	r.hold(left)
+	linked, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { r.link(linked) })
+	r.slot(ctx, left)
+	stop()
+	wg.Wait()
+	return r.Engine.Close()
+}
+
+// slot runs one attempt after the other.
+func (r *Runner) slot(ctx context.Context, left *attempt) {
+	if left != nil { // a result of an earlier process that raid may not have
+		actx, cancel := context.WithCancelCause(ctx)
+		left.cancel = cancel
+		r.finish(actx, left)
+		cancel(nil)
+	}
+	warm := r.warmUp(ctx)
+	defer func() { warm.discard() }()
+	for {
+		r.setIdle(true)
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.drain:
+			return
+		case o := <-r.offers:
+			r.work(ctx, o, warm)
+			warm.discard()
+			if ctx.Err() == nil && !r.draining() {
+				warm = r.warmUp(ctx)
+			}
+		}
+	}
+}
+
+// work carries out one offer from lease to receipt.
+func (r *Runner) work(ctx context.Context, o job.Offer, warm *warmBox) {
+	a, err := r.newAttempt(o)
+	if err != nil {
+		r.Logf("job %d: %v", o.Job, err)
+		return // the lease runs out and raid says so to the user
+	}
+	actx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	a.cancel = cancel
+	r.hold(a)
+	var wg sync.WaitGroup
+	wg.Go(func() { r.finish(actx, a) })
+	r.execute(actx, a, warm)
+	wg.Wait()
+}
+
+// finish delivers an attempt and forgets it when raid has it or does not want it.
+// When ctx itself ended, the folder stays for the next process.
+func (r *Runner) finish(ctx context.Context, a *attempt) {
+	err := r.deliver(ctx, a)
+	<-a.over
+	if err == nil || errors.Is(err, errStale) {
+		if err := a.remove(); err != nil {
+			r.Logf("job %d: %v", a.offer.Job, err)
+		}
+	}
+	r.hold(nil)
+}
+
+// hold says which attempt this runner answers for.
+func (r *Runner) hold(a *attempt) {
+	r.mu.Lock()
+	r.held = a
+	r.idle = false
+	r.mu.Unlock()
+	r.beatNow()
+}
+
+func (r *Runner) setIdle(idle bool) {
+	r.mu.Lock()
+	r.idle = idle && r.held == nil
+	r.mu.Unlock()
+	r.beatNow()
+}
+
+func (r *Runner) beatNow() {
+	select {
+	case r.kick <- struct{}{}:
+	default: // one is due already
+	}
+}
+
+// recover finds the attempt an earlier process left: one whose result was written is
+// delivered; any other died with its box and is raid's to run again.
+func (r *Runner) recover() (*attempt, error) {
+	dirs, err := filepath.Glob(filepath.Join(r.Dir, "attempts", "*"))
+	if err != nil {
+		return nil, err
+	}
+	var left *attempt
+	for _, dir := range dirs {
+		a, err := openAttempt(dir)
+		if err != nil || left != nil {
+			r.Logf("%s: dropped: %v", filepath.Base(dir), err)
+			if err := os.RemoveAll(dir); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		left = a
+	}
+	return left, nil
+}

@@ -1,0 +1,80 @@
+package runner
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+
+	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/job"
+)
+
+var boxNumber atomic.Int64 // names boxes within this process
+
+// A warmBox is a box started before any job needs it. It waits on stdin, costs a few
+// megabytes, and is used at most once.
+type warmBox struct {
+	done   chan struct{} // closed when box and err are set
+	cancel context.CancelFunc
+	box    box.Box
+	err    error
+	used   bool
+}
+
+// warmUp starts a box in the background. Discard must follow.
+func (r *Runner) warmUp(ctx context.Context) *warmBox {
+	w := &warmBox{done: make(chan struct{})}
+	if !r.Warm {
+		close(w.done)
+		w.cancel = func() {}
+		return w
+	}
+	ctx, w.cancel = context.WithCancel(ctx)
+	go func() { // ends with Start, which ctx bounds; discard waits for it
+		defer close(w.done)
+		w.box, w.err = r.startBox(ctx, "", false, r.Limits, len(r.GPUs))
+		if w.err != nil && ctx.Err() == nil {
+			r.Logf("no warm box: %v", w.err)
+		}
+	}()
+	return w
+}
+
+// discard removes a box nobody used. It may be called more than once.
+func (w *warmBox) discard() {
+	w.cancel()
+	<-w.done
+	if w.box != nil && !w.used {
+		w.used = true
+		w.box.Close()
+	}
+}
+
+// boxFor returns the box an offer runs in: the warm one if it fits, else a new one.
+func (r *Runner) boxFor(ctx context.Context, o job.Offer, warm *warmBox) (box.Box, error) {
+	s := &o.Spec
+	if s.Image == "" && !s.Network && s.GPUs == len(r.GPUs) {
+		<-warm.done
+		if warm.box != nil && !warm.used {
+			if err := warm.box.Limit(s.Limits); err == nil {
+				warm.used = true
+				return warm.box, nil
+			}
+		}
+	}
+	return r.startBox(ctx, s.Image, s.Network, s.Limits, s.GPUs)
+}
+
+func (r *Runner) startBox(ctx context.Context, image string, network bool, limits job.Limits, gpus int) (box.Box, error) {
+	b, err := r.Engine.Start(ctx, box.Config{
+		ID:      fmt.Sprintf("b%d", boxNumber.Add(1)),
+		Image:   image,
+		Network: network,
+		Limits:  limits,
+		GPUs:    r.GPUs[:min(gpus, len(r.GPUs))],
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start a box: %w", err)
+	}
+	return b, nil
+}

@@ -1,0 +1,413 @@
+package sshd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/spf13/pflag"
+
+	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/door"
+	"github.com/rai-project/raid/sshd/queue"
+	"github.com/rai-project/raid/sshd/stream"
+)
+
+// An event is one line of --json while a job is followed.
+type event struct {
+	Event    string    `json:"event"` // queued position started step out err raid artifact done
+	Job      int64     `json:"job"`
+	T        job.Time  `json:"t"`
+	SHA256   string    `json:"source_sha256,omitempty"`
+	Kind     string    `json:"kind,omitempty"`
+	Position int       `json:"position,omitempty"`
+	Runner   string    `json:"runner,omitempty"`
+	Attempt  int       `json:"attempt,omitempty"`
+	Data     string    `json:"data,omitempty"`
+	B64      []byte    `json:"b64,omitempty"` // data that is not UTF-8
+	Step     *job.Step `json:"step,omitempty"`
+	Result   any       `json:"result,omitempty"` // done: the job object
+}
+
+// A follower brings a job's life to one session: where it stands, what it prints,
+// how it ended. It reads the spool at its own pace, so nobody waits for it.
+type follower struct {
+	*call
+	id     int64
+	owner  bool // leaving cancels
+	status bool // say where the job stands, not only what it prints
+
+	mu sync.Mutex // one event a line, from two goroutines
+}
+
+func runAttach(ctx context.Context, c *call) (int, error) {
+	rec, err := c.job(ctx, c.args[0])
+	if err != nil {
+		return 0, err
+	}
+	return (&follower{call: c, id: rec.ID, status: true}).run(ctx)
+}
+
+func logsFlags(f *pflag.FlagSet) {
+	f.BoolP("follow", "f", false, "go on until the job has ended")
+	f.IntP("number", "n", -1, "only the last so many lines")
+}
+
+func runLogs(ctx context.Context, c *call) (int, error) {
+	rec, err := c.job(ctx, c.args[0])
+	if err != nil {
+		return 0, err
+	}
+	lines, err := c.flags.GetInt("number")
+	if err != nil {
+		return 0, err
+	}
+	c.s.settle(&rec)
+	feed := c.s.spools.Follow(rec.ID)
+	if !c.on("follow") {
+		feed = c.s.spools.Replay(rec.ID)
+	}
+	defer feed.Close()
+	if lines >= 0 {
+		if err := feed.Tail(ctx, lines); err != nil {
+			return 0, err
+		}
+	}
+	return 0, (&follower{call: c, id: rec.ID}).print(ctx, feed)
+}
+
+// settle tells the spools about a job that ended before this process began.
+func (s *Server) settle(rec *job.Record) {
+	if rec.State.Final() {
+		if err := s.spools.Finish(rec.ID); err != nil {
+			s.Log.Error("close the spool", "job", rec.ID, "err", err)
+		}
+	}
+}
+
+// run follows a job to its end and returns its exit status.
+func (f *follower) run(ctx context.Context) (int, error) {
+	if f.owner {
+		var stop func()
+		ctx, stop = f.obeyKeys(ctx)
+		defer stop()
+	}
+	watching, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer func() { stop(); wg.Wait() }()
+	rec, err := f.await(ctx)
+	if err != nil {
+		return 0, f.leave(ctx, err)
+	}
+	f.s.settle(&rec)
+	wg.Go(func() { f.watch(watching, rec) })
+	feed := f.s.spools.Follow(f.id)
+	defer feed.Close()
+	if err := f.print(ctx, feed); err != nil {
+		return 0, f.leave(ctx, err)
+	}
+	stop()
+	wg.Wait()
+	return f.finish(ctx)
+}
+
+// await says where a queued job stands until it is not queued any more.
+func (f *follower) await(ctx context.Context) (job.Record, error) {
+	last := 0
+	for {
+		bell, moved := f.s.brain.Bell(f.id), f.s.brain.Moved()
+		rec, err := f.s.brain.Job(ctx, f.id)
+		if err != nil || rec.State != job.Queued {
+			if err == nil && !rec.State.Final() {
+				f.started(&rec)
+			}
+			return rec, err
+		}
+		if last, err = f.position(ctx, &rec, last); err != nil {
+			return rec, err
+		}
+		if rec, done, err := f.pause(ctx, bell, moved); done {
+			return rec, err
+		}
+	}
+}
+
+// positionEvery is the least time between two lines about a place in the queue.
+const positionEvery = 2 * time.Second
+
+// pause waits for news of a queued job: at once when the job itself moves, and not
+// too often when only others do.
+func (f *follower) pause(ctx context.Context, bell, moved <-chan struct{}) (rec job.Record, done bool, err error) {
+	soon := time.NewTimer(positionEvery)
+	defer soon.Stop()
+	var others <-chan struct{}
+	for {
+		select {
+		case <-ctx.Done():
+			return rec, true, context.Cause(ctx)
+		case <-bell:
+			return rec, false, nil
+		case <-soon.C:
+			others = moved
+		case <-others:
+			return rec, false, nil
+		}
+	}
+}
+
+// position says a place in the queue when it has changed.
+func (f *follower) position(ctx context.Context, rec *job.Record, last int) (int, error) {
+	why, err := f.s.reason(ctx, rec)
+	if err != nil || why.Position == last {
+		return last, err
+	}
+	f.event(event{Event: "position", Position: why.Position})
+	if !f.jsonOut() {
+		f.say("%s", strings.TrimPrefix(why.Words[0], "job "))
+		if why.Runners == 0 && last == 0 {
+			for _, line := range why.Words[1:] {
+				f.say("%s", line)
+			}
+		}
+	}
+	return why.Position, nil
+}
+
+func (f *follower) started(rec *job.Record) {
+	f.event(event{Event: "started", Runner: rec.Runner, Attempt: rec.Attempt})
+	if f.status && !f.jsonOut() {
+		f.say("started on %s after %s", clean(rec.Runner), ms(rec.QueueWaitMS))
+	}
+}
+
+// watch says when a running job changes hands, until ctx ends.
+func (f *follower) watch(ctx context.Context, was job.Record) {
+	for !was.State.Final() {
+		bell := f.s.brain.Bell(f.id)
+		rec, err := f.s.brain.Job(ctx, f.id)
+		if err != nil {
+			return
+		}
+		if rec.State != was.State || rec.Attempt != was.Attempt {
+			f.changed(&was, &rec)
+			was = rec
+			continue
+		}
+		select {
+		case <-bell:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (f *follower) changed(was, rec *job.Record) {
+	switch {
+	case f.jsonOut():
+	case rec.State == job.Queued:
+		f.say("%s; the job is first in line again (attempt %d of %d)", clean(rec.Note), rec.Attempt+1, f.s.Policy.Attempts)
+	case rec.State == job.Cancelling:
+		f.say("cancelling job %d", rec.ID)
+	}
+	if rec.Attempt != was.Attempt && !rec.State.Final() {
+		f.started(rec)
+	}
+}
+
+// print copies output until the feed ends.
+func (f *follower) print(ctx context.Context, feed *stream.Follower) error {
+	for {
+		c, err := feed.Next(ctx)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := f.chunk(c); err != nil {
+			return err
+		}
+	}
+}
+
+func (f *follower) chunk(c stream.Chunk) (err error) {
+	if f.jsonOut() {
+		return f.chunkEvent(c)
+	}
+	switch c.Kind {
+	case job.Out:
+		_, err = f.Write(c.Data)
+	case job.Err:
+		_, err = f.Stderr().Write(c.Data)
+	case job.Raid:
+		f.say("%s", clean(string(c.Data)))
+	case job.Gap:
+		f.say("%s of output were dropped here", bytesWord(c.Dropped))
+	case job.Mark:
+		f.mark(c.Data)
+	}
+	return err
+}
+
+// mark announces a step, and says how it went when that is not obvious.
+func (f *follower) mark(data []byte) {
+	var st job.Step
+	if json.Unmarshal(data, &st) != nil {
+		return // a box said it; nothing depends on it
+	}
+	switch {
+	case st.Begin:
+		f.say("[%d/%d] %s", st.N, st.Of, oneLine(st.Line))
+	case st.Exit != 0:
+		f.say("[%d/%d] exit status %d after %s", st.N, st.Of, st.Exit, ms(st.WallMS))
+	}
+}
+
+func (f *follower) chunkEvent(c stream.Chunk) error {
+	e := event{}
+	switch c.Kind {
+	case job.Out:
+		e.Event = "out"
+	case job.Err:
+		e.Event = "err"
+	case job.Raid:
+		e.Event = "raid"
+	case job.Gap:
+		return f.event(event{Event: "raid", Data: bytesWord(c.Dropped) + " of output were dropped here"})
+	case job.Mark:
+		e.Event = "step"
+		if json.Unmarshal(c.Data, &e.Step) != nil {
+			return nil
+		}
+		return f.event(e)
+	}
+	if utf8.Valid(c.Data) {
+		e.Data = string(c.Data)
+	} else {
+		e.B64 = c.Data
+	}
+	return f.event(e)
+}
+
+// event writes one event when the session wants them.
+func (f *follower) event(e event) error {
+	if !f.jsonOut() {
+		return nil
+	}
+	e.Job = f.id
+	if e.T.IsZero() {
+		e.T = job.At(time.Now())
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.emit(e)
+}
+
+func (f *follower) jsonOut() bool { return f.call.json() }
+
+// finish says how it ended. These are the last lines of every job.
+func (f *follower) finish(ctx context.Context) (int, error) {
+	rec, err := f.ended(ctx)
+	if err != nil {
+		return 0, f.leave(ctx, err)
+	}
+	if f.jsonOut() {
+		if rec.Archive != "" {
+			f.event(event{Event: "artifact"})
+		}
+		return *rec.Exit, f.event(event{Event: "done", Result: rec.Job})
+	}
+	if rec.Note != "" && rec.Reason != job.ReasonInfra {
+		f.say("%s", clean(rec.Note))
+	}
+	if rec.Archive != "" {
+		f.say("/build is kept: ssh … output %d | tar xf -", rec.ID)
+	}
+	f.say("job %d %s%s", rec.ID, verdict(&rec), timing(&rec))
+	return *rec.Exit, nil
+}
+
+// ended waits for the commit of the result: the output may be complete a moment
+// before it.
+func (f *follower) ended(ctx context.Context) (job.Record, error) {
+	for {
+		bell := f.s.brain.Bell(f.id)
+		rec, err := f.s.brain.Job(ctx, f.id)
+		if err != nil || rec.State.Final() {
+			return rec, err
+		}
+		select {
+		case <-bell:
+		case <-ctx.Done():
+			return rec, context.Cause(ctx)
+		}
+	}
+}
+
+func timing(rec *job.Record) string {
+	if rec.StartedAt.IsZero() {
+		return ""
+	}
+	s := " · ran " + ms(rec.RunMS) + " · waited " + ms(rec.QueueWaitMS) + " · " + clean(rec.Runner)
+	if rec.GPU != "" {
+		s += " · " + clean(rec.GPU)
+	}
+	return s
+}
+
+var errKeys = errors.New("left by a key")
+
+// obeyKeys lets signals and Ctrl-C on a terminal cancel the job: once to cancel and
+// see how it ends, twice to leave. stop must be called.
+func (f *follower) obeyKeys(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	if _, tty := f.PTY(); tty {
+		f.WatchKeys()
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for n := 0; ; n++ {
+			select {
+			case <-ctx.Done():
+				return
+			case <-f.Signals():
+			}
+			if n > 0 {
+				cancel(errKeys)
+				return
+			}
+			rec := job.Record{Job: job.Job{ID: f.id}}
+			if err := f.cancel(ctx, &rec); err != nil {
+				f.s.Log.Error("cancel", "job", f.id, "err", err)
+			}
+		}
+	})
+	return ctx, func() { cancel(nil); wg.Wait() }
+}
+
+// leave is how a session ends before its job: a deliberate end of the session that
+// submitted cancels, anything else lets the job run.
+func (f *follower) leave(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	switch {
+	case cause == nil:
+		return err
+	case errors.Is(cause, door.ErrShutdown):
+		return failf(job.ExitTryLater, "follow it again with: ssh … attach "+strconv.FormatInt(f.id, 10), "raid is restarting; job %d goes on", f.id)
+	case f.owner && (errors.Is(cause, door.ErrLeft) || errors.Is(cause, errKeys)):
+		detached, stop := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer stop()
+		rec := job.Record{Job: job.Job{ID: f.id}}
+		if err := f.cancel(detached, &rec); err != nil && !errors.Is(err, queue.ErrNoJob) {
+			f.s.Log.Error("cancel", "job", f.id, "err", err)
+		}
+		return failf(job.ExitCancelled, "", "job %d is cancelled", f.id)
+	}
+	return cause
+}

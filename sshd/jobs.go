@@ -1,0 +1,444 @@
+package sshd
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/runner/job/tree"
+	"github.com/rai-project/raid/sshd/blob"
+	"github.com/rai-project/raid/sshd/queue"
+)
+
+// mine reports whether somebody sees and controls a job: its user, their team as it
+// was at submit, and staff.
+func (c *call) mine(rec *job.Record) bool {
+	return c.Who.Role.AtLeast(keys.Staff) || rec.User == c.Who.User || rec.Team != "" && rec.Team == c.Who.Team
+}
+
+// job returns the job a word names. Another team's job answers exactly as a number
+// that does not exist.
+func (c *call) job(ctx context.Context, word string) (job.Record, error) {
+	id, err := strconv.ParseInt(word, 10, 64)
+	if err != nil {
+		return job.Record{}, failf(job.ExitInput, "", "no job %s", quote(word))
+	}
+	rec, err := c.s.brain.Job(ctx, id)
+	if err == nil && !c.mine(&rec) {
+		err = queue.ErrNoJob
+	}
+	if errors.Is(err, queue.ErrNoJob) {
+		return job.Record{}, failf(job.ExitInput, "", "no job %d", id)
+	}
+	return rec, err
+}
+
+// recent returns the caller's jobs (staff: everybody's), newest first, at most n,
+// unfinished ones included. user narrows it to one person.
+func (c *call) recent(ctx context.Context, user string, n int) ([]job.Record, error) {
+	var all []job.Record
+	for _, rec := range c.s.brain.Unfinished() {
+		if c.mine(&rec) && (user == "" || rec.User == user) {
+			all = append(all, rec)
+		}
+	}
+	for _, list := range c.lists(user) {
+		past, err := c.s.brain.Past(ctx, list, 0, n)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, past...)
+	}
+	all = slices.DeleteFunc(all, func(rec job.Record) bool { return !c.mine(&rec) })
+	slices.SortStableFunc(all, func(a, b job.Record) int { // a finished record before its unfinished past
+		return cmp.Or(cmp.Compare(b.ID, a.ID), -cmp.Compare(b2i(a.State.Final()), b2i(b.State.Final())))
+	})
+	all = slices.CompactFunc(all, func(a, b job.Record) bool { return a.ID == b.ID })
+	return all[:min(n, len(all))], nil
+}
+
+// lists names where the caller's finished jobs stand.
+func (c *call) lists(user string) []string {
+	switch {
+	case user != "":
+		return []string{queue.ListUser(user)}
+	case c.Who.Role.AtLeast(keys.Staff):
+		return []string{queue.ListAll}
+	case c.Who.Team != "":
+		return []string{queue.ListUser(c.Who.User), queue.ListTeam(c.Who.Team)}
+	}
+	return []string{queue.ListUser(c.Who.User)}
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// emit writes one object as one line.
+func (c *call) emit(v any) error { return json.NewEncoder(c).Encode(v) }
+
+// show prints jobs: one object a line, or a table.
+func (c *call) show(all []job.Record) error {
+	if c.json() {
+		for _, rec := range all {
+			if err := c.emit(rec.Job); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if len(all) == 0 {
+		_, err := fmt.Fprintln(c, "no jobs yet; try: tar cf - . | ssh … submit")
+		return err
+	}
+	t := newGrid("JOB", "STATE", "USER", "KIND", "POOL", "QUEUED", "RAN", "NAME")
+	for _, rec := range all {
+		t.add(strconv.FormatInt(rec.ID, 10), stateWord(&rec.Job), rec.User, rec.Kind, rec.Pool,
+			ago(rec.QueuedAt.Time), ran(&rec.Job), rec.Name)
+	}
+	return t.print(c)
+}
+
+func runStatus(ctx context.Context, c *call) (int, error) {
+	if len(c.args) == 1 {
+		rec, err := c.job(ctx, c.args[0])
+		if err != nil {
+			return 0, err
+		}
+		if c.json() {
+			return 0, c.emit(rec.Job)
+		}
+		return 0, c.describeJob(&rec)
+	}
+	all, err := c.recent(ctx, "", 50)
+	if err != nil {
+		return 0, err
+	}
+	day := time.Now().Add(-24 * time.Hour)
+	all = slices.DeleteFunc(all, func(rec job.Record) bool { return rec.State.Final() && rec.FinishedAt.Before(day) })
+	return 0, c.show(all)
+}
+
+func historyFlags(f *pflag.FlagSet) {
+	jsonFlag(f)
+	f.IntP("number", "n", 20, "how many")
+	f.String("user", "", "only this person's")
+}
+
+func runHistory(ctx context.Context, c *call) (int, error) {
+	n, err := c.flags.GetInt("number")
+	if err != nil || n < 1 || n > 10_000 {
+		return 0, failf(job.ExitUsage, "", "history: -n takes a number from 1 to 10000")
+	}
+	all, err := c.recent(ctx, c.flag("user"), n)
+	if err != nil {
+		return 0, err
+	}
+	return 0, c.show(all)
+}
+
+// describeJob prints one job for people.
+func (c *call) describeJob(rec *job.Record) error {
+	t := newGrid()
+	t.add("job", fmt.Sprintf("%d  %s", rec.ID, stateWord(&rec.Job)))
+	if rec.State.Final() {
+		t.add("result", verdict(rec))
+	}
+	if rec.Name != "" {
+		t.add("name", rec.Name)
+	}
+	t.add("by", tenantOf(rec)+"  as "+rec.Kind+" in "+rec.Pool)
+	t.add("queued", rec.QueuedAt.String())
+	if !rec.StartedAt.IsZero() {
+		t.add("started", fmt.Sprintf("%s on %s, attempt %d", rec.StartedAt, rec.Runner, rec.Attempt))
+	}
+	if rec.State.Final() {
+		t.add("finished", rec.FinishedAt.String())
+		t.add("took", fmt.Sprintf("%s waiting, %s preparing, %s running, %s collecting",
+			ms(rec.QueueWaitMS), ms(rec.PrepareMS), ms(rec.RunMS), ms(rec.CollectMS)))
+	}
+	if rec.SourceSHA256 != "" {
+		t.add("source", "sha256 "+rec.SourceSHA256)
+	}
+	for _, st := range rec.Steps {
+		t.add(fmt.Sprintf("step %d", st.N), fmt.Sprintf("exit %d in %s  %s", st.Exit, ms(st.WallMS), oneLine(st.Line)))
+	}
+	if rec.Weakness != "" {
+		t.add("limits", rec.Weakness)
+	}
+	return t.print(c)
+}
+
+// A place is a job's place in its pool, as queue and why tell it.
+type place struct {
+	Position int    `json:"position"`
+	Alias    string `json:"alias,omitempty"`
+	State    string `json:"state,omitempty"`
+	AgeS     int64  `json:"age_s"`
+	*job.Job        // nil for strangers' jobs
+}
+
+func runQueue(ctx context.Context, c *call) (int, error) {
+	var running, waiting []job.Record
+	err := c.s.brain.View(ctx, func(q *queue.Core) {
+		for _, rec := range q.Jobs() {
+			if rec.State != job.Queued {
+				running = append(running, rec)
+			}
+		}
+		for _, pool := range c.s.Pools {
+			waiting = append(waiting, q.Order(pool)...)
+		}
+	})
+	if err != nil {
+		return 0, err
+	}
+	t := newGrid("POS", "JOB", "STATE", "WHO", "POOL", "AGE")
+	pos := map[string]int{}
+	for _, rec := range append(running, waiting...) {
+		p := place{Alias: c.s.alias(rec.Tenant()), State: string(rec.State), AgeS: int64(time.Since(rec.QueuedAt.Time).Seconds())}
+		who, id, at := p.Alias, "", "-"
+		if c.mine(&rec) {
+			p.Alias, p.State, p.Job = "", "", &rec.Job
+			who, id = tenantOf(&rec), strconv.FormatInt(rec.ID, 10)
+		}
+		if rec.State == job.Queued {
+			pos[rec.Pool]++
+			p.Position = pos[rec.Pool]
+			at = strconv.Itoa(p.Position)
+		}
+		if c.json() {
+			if err := c.emit(p); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		t.add(at, id, string(rec.State), who, rec.Pool, ago(rec.QueuedAt.Time))
+	}
+	if c.json() {
+		return 0, nil
+	}
+	if len(running)+len(waiting) == 0 {
+		_, err := fmt.Fprintln(c, "nothing runs and nothing waits")
+		return 0, err
+	}
+	return 0, t.print(c)
+}
+
+func runRunners(ctx context.Context, c *call) (int, error) {
+	var all []queue.Runner
+	if err := c.s.brain.View(ctx, func(q *queue.Core) { all = q.Runners() }); err != nil {
+		return 0, err
+	}
+	t := newGrid("RUNNER", "STATE", "POOL", "ENGINE", "ARCH", "GPU")
+	for _, r := range all {
+		if c.json() {
+			if err := c.emit(struct {
+				queue.Runner
+				State string `json:"state"`
+			}{r, runnerState(&r)}); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		t.add(r.Name, runnerState(&r), join(r.Pools), r.Engine, r.Arch, join(r.GPUs))
+	}
+	if c.json() {
+		return 0, nil
+	}
+	return 0, t.print(c)
+}
+
+func runnerState(r *queue.Runner) string {
+	switch {
+	case !r.Connected:
+		return "away"
+	case r.Job != 0:
+		return "busy"
+	case r.Draining:
+		return "draining"
+	case r.Idle:
+		return "idle"
+	}
+	return "starting"
+}
+
+func runCancel(ctx context.Context, c *call) (int, error) {
+	for _, word := range c.args { // all or none: a typo should not cost the rest
+		if _, err := c.job(ctx, word); err != nil {
+			return 0, err
+		}
+	}
+	for _, word := range c.args {
+		rec, err := c.job(ctx, word)
+		if err != nil {
+			return 0, err
+		}
+		if err := c.cancel(ctx, &rec); err != nil {
+			return 0, err
+		}
+		if c.json() {
+			err = c.emit(rec.Job)
+		} else {
+			_, err = fmt.Fprintf(c, "job %d is %s\n", rec.ID, stateWord(&rec.Job))
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	return 0, nil
+}
+
+// cancel ends a job; one that has ended is left as it is. rec is what came of it.
+func (c *call) cancel(ctx context.Context, rec *job.Record) error {
+	reply, err := c.s.brain.Do(ctx, queue.Cancel{Job: rec.ID, By: c.Who.User})
+	if errors.Is(err, queue.ErrNoJob) {
+		*rec, err = c.s.brain.Job(ctx, rec.ID)
+		return err
+	}
+	if err == nil {
+		*rec = *reply.(*job.Record)
+	}
+	return err
+}
+
+func runOutput(ctx context.Context, c *call) (int, error) {
+	rec, err := c.job(ctx, c.args[0])
+	if err != nil {
+		return 0, err
+	}
+	if _, tty := c.PTY(); tty {
+		return 0, failf(job.ExitUsage, fmt.Sprintf("try: ssh … output %d > build.tar", rec.ID), "a terminal cannot take a tar")
+	}
+	if rec.Archive == "" {
+		return 0, failf(job.ExitInput, "", "%s", noArchive(&rec))
+	}
+	f, err := c.s.blobs.Open(blob.Key(rec.Archive))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	if len(c.args) == 1 {
+		return 0, c.send(f)
+	}
+	found, err := tree.Extract(c, f, c.args[1])
+	if err == nil && !found {
+		err = failf(job.ExitInput, fmt.Sprintf("see what is there: ssh … output %d | tar tf -", rec.ID),
+			"/build of job %d has no %s", rec.ID, quote(c.args[1]))
+	}
+	return 0, err
+}
+
+func noArchive(rec *job.Record) string {
+	if !rec.State.Final() {
+		return fmt.Sprintf("job %d is %s; /build comes back when it has ended", rec.ID, rec.State)
+	}
+	return fmt.Sprintf("nothing of /build came back from job %d", rec.ID)
+}
+
+func runSource(ctx context.Context, c *call) (int, error) {
+	rec, err := c.job(ctx, c.args[0])
+	if err != nil {
+		return 0, err
+	}
+	if _, tty := c.PTY(); tty {
+		return 0, failf(job.ExitUsage, fmt.Sprintf("try: ssh … source %d > project.tar", rec.ID), "a terminal cannot take a tar")
+	}
+	if rec.Source == "" {
+		return 0, failf(job.ExitInput, "", "job %d was submitted without files", rec.ID)
+	}
+	f, err := c.s.blobs.Open(blob.Key(rec.Source))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return 0, c.send(f)
+}
+
+// send copies a stored file out in full packets.
+func (c *call) send(r io.Reader) error {
+	_, err := io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{r}, make([]byte, 256<<10))
+	return err
+}
+
+// A reasoning is what why says.
+type reasoning struct {
+	*job.Job
+	Position int      `json:"position,omitempty"`
+	Ahead    int      `json:"ahead"`
+	Running  int      `json:"running"`
+	Runners  int      `json:"runners"` // connected ones that could take it
+	Words    []string `json:"words"`
+}
+
+func runWhy(ctx context.Context, c *call) (int, error) {
+	rec, err := c.job(ctx, c.args[0])
+	if err != nil {
+		return 0, err
+	}
+	why, err := c.s.reason(ctx, &rec)
+	if err != nil {
+		return 0, err
+	}
+	if c.json() {
+		return 0, c.emit(why)
+	}
+	for _, line := range why.Words {
+		fmt.Fprintln(c, line)
+	}
+	return 0, nil
+}
+
+// reason explains where a job stands.
+func (s *Server) reason(ctx context.Context, rec *job.Record) (why reasoning, err error) {
+	why.Job = &rec.Job
+	if rec.State.Final() {
+		why.Words = []string{fmt.Sprintf("job %d %s", rec.ID, verdict(rec))}
+		return why, nil
+	}
+	if rec.State != job.Queued {
+		why.Words = []string{fmt.Sprintf("job %d is %s on %s since %s", rec.ID, rec.State, rec.Runner, ago(rec.StartedAt.Time))}
+		return why, nil
+	}
+	var lacks []string
+	err = s.brain.View(ctx, func(q *queue.Core) {
+		for i, other := range q.Order(rec.Pool) {
+			if other.ID == rec.ID {
+				why.Position, why.Ahead = i+1, i
+			}
+		}
+		for _, other := range q.Jobs() {
+			if other.Pool == rec.Pool && other.State != job.Queued {
+				why.Running++
+			}
+		}
+		for _, r := range q.Runners() {
+			if l := r.Lacks(rec); l != "" {
+				lacks = append(lacks, fmt.Sprintf("runner %s %s", r.Name, l))
+			} else if r.Connected && !r.Draining {
+				why.Runners++
+			}
+		}
+	})
+	why.Words = []string{fmt.Sprintf("job %d waits in %s: %s ahead of it, %d running", rec.ID, rec.Pool, count(why.Ahead, "job"), why.Running)}
+	if why.Runners == 0 {
+		why.Words = append(why.Words, "no connected runner can take it")
+		why.Words = append(why.Words, lacks...)
+	} else {
+		why.Words = append(why.Words, fmt.Sprintf("%s can take it; teams run in turn, by GPU time used", count(why.Runners, "runner")))
+	}
+	return why, err
+}

@@ -1,0 +1,160 @@
+package sshd
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/runner/job"
+)
+
+// A self is what whoami says.
+type self struct {
+	User        string    `json:"user"`
+	Role        keys.Role `json:"role"`
+	Team        string    `json:"team,omitempty"`
+	Fingerprint string    `json:"fingerprint"`
+	From        string    `json:"from"`
+}
+
+func runWhoami(_ context.Context, c *call) (int, error) {
+	me := self{c.Who.User, c.Who.Role, c.Who.Team, c.Who.Fingerprint, c.From.Addr().String()}
+	if c.json() {
+		return 0, c.emit(me)
+	}
+	t := newGrid()
+	if me.User == "" {
+		t.add("user", "nobody: this key is not enrolled")
+	} else {
+		t.add("user", me.User)
+	}
+	t.add("role", string(me.Role))
+	if me.Team != "" {
+		t.add("team", me.Team)
+	}
+	t.add("key", me.Fingerprint)
+	return 0, t.print(c)
+}
+
+// runGreeting answers a bare `ssh rai@host`: who you are and what to type.
+func runGreeting(ctx context.Context, c *call) (int, error) {
+	if c.Who.Role == keys.Guest {
+		fmt.Fprintf(c, "This is raid. Your key %s is not enrolled.\n\n"+
+			"Ask your course staff to enrol it, then:  tar cf - . | ssh rai@host submit\n", c.Who.Fingerprint)
+		return 0, nil
+	}
+	fmt.Fprintf(c, "Hello %s.", c.Who.User)
+	if c.Who.Team != "" {
+		fmt.Fprintf(c, " Your team is %s.", c.Who.Team)
+	}
+	mine, running, waiting := 0, 0, 0
+	for _, rec := range c.s.brain.Unfinished() {
+		if c.mine(&rec) {
+			mine++
+		}
+		if rec.State == job.Queued {
+			waiting++
+		} else {
+			running++
+		}
+	}
+	fmt.Fprintf(c, " raid runs %s now, %d wait; %d of them yours.\n\n", count(running, "job"), waiting, mine)
+	fmt.Fprint(c, "  tar cf - . | ssh rai@host submit       run this folder\n"+
+		"  ssh rai@host status                    your jobs\n"+
+		"  ssh rai@host help                      everything else\n")
+	return 0, nil
+}
+
+func runVersion(_ context.Context, c *call) (int, error) {
+	v := c.s.Version
+	if c.json() {
+		return 0, c.emit(v)
+	}
+	_, err := fmt.Fprintln(c, v)
+	return 0, err
+}
+
+func (v Version) String() string {
+	s := "raid " + v.Version
+	if v.Commit != "" {
+		s += " (" + v.Commit + ")"
+	}
+	return s + " " + v.Go
+}
+
+func runBuildtime(_ context.Context, c *call) (int, error) {
+	built := c.s.Version.BuildTime
+	if built == "" {
+		built = "unknown"
+	}
+	_, err := fmt.Fprintln(c, built)
+	return 0, err
+}
+
+// runAdmin is the staff's corner. enroll reads one keys.Enrollment a line and answers
+// each with one line, so that a class list is one session.
+func runAdmin(ctx context.Context, c *call) (int, error) {
+	if c.args[0] != "enroll" {
+		return 0, failf(job.ExitUsage, "there is: ssh … admin enroll", "no command admin %s", quote(c.args[0]))
+	}
+	lines := bufio.NewScanner(c)
+	lines.Buffer(nil, 64<<10)
+	status := 0
+	for lines.Scan() {
+		if len(lines.Bytes()) == 0 {
+			continue
+		}
+		answer, err := c.enroll(ctx, lines.Bytes())
+		if err != nil {
+			return 0, err
+		}
+		if answer.Error != "" {
+			status = job.ExitInput
+		}
+		if err := c.emit(answer); err != nil {
+			return 0, err
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return 0, failf(job.ExitInput, "one JSON object a line, 64 KiB at most", "cannot read the list: %s", err)
+	}
+	return status, nil
+}
+
+// An enrolled line answers one enrolment.
+type enrolled struct {
+	User        string `json:"user"`
+	Fingerprint string `json:"fingerprint,omitempty"`
+	New         bool   `json:"new,omitempty"`
+	Error       string `json:"error,omitempty"`
+	Hint        string `json:"hint,omitempty"`
+}
+
+func (c *call) enroll(ctx context.Context, line []byte) (enrolled, error) {
+	var e keys.Enrollment
+	if err := json.Unmarshal(line, &e); err != nil {
+		return enrolled{Error: "not a JSON object: " + err.Error()}, nil
+	}
+	e.User = strings.ToLower(strings.TrimSpace(e.User)) // as the book will: the check below is about that user
+	was, known := c.s.book.User(e.User)
+	will := e.Role
+	if will == "" {
+		will = was.Role
+	}
+	if !c.Who.Role.MayEnroll(was.Role, will) {
+		return enrolled{User: e.User, Error: fmt.Sprintf("%s may not enrol as %s", c.Who.Role, will)}, nil
+	}
+	u, k, err := c.s.Enrol(ctx, e, c.Who.User, false)
+	var no *keys.RefusedError
+	if errors.As(err, &no) {
+		return enrolled{User: e.User, Error: no.Why, Hint: no.Hint}, nil
+	}
+	if err != nil {
+		return enrolled{}, err
+	}
+	return enrolled{User: u.Name, Fingerprint: k.Fingerprint, New: !known}, nil
+}

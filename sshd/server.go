@@ -1,0 +1,293 @@
+// Package sshd is raid's service: everything a verified SSH session may ask for.
+//
+// A [Server] joins the parts: door (hardened connections), brain (the queue and its
+// store), stream (output), blob (uploads and archives) and keys (who someone is).
+// All it does is offered as commands of one table, to people and runners alike; the
+// help, the access control and the documentation are made from that table.
+//
+// Promises: a command answers a stranger's job exactly as one that does not exist;
+// an upload is accepted whole or leaves nothing; whatever is acknowledged is durable
+// first; a slow reader slows nobody. Non-goals: running jobs (package runner does)
+// and reading configuration (cmd/raid does).
+package sshd
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/charmbracelet/log"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/blob"
+	"github.com/rai-project/raid/sshd/brain"
+	"github.com/rai-project/raid/sshd/door"
+	"github.com/rai-project/raid/sshd/queue"
+	"github.com/rai-project/raid/sshd/store"
+	"github.com/rai-project/raid/sshd/stream"
+)
+
+// Limits are what one submission may use.
+type Limits struct {
+	job.Limits
+	Upload   int64 // bytes on the wire
+	Unpacked int64 // bytes after expansion
+	Entries  int
+	GPUs     int  // most GPUs of one job; 0: as many as a slot has
+	Network  bool // may ask for a network
+}
+
+// Config says what a server is. Dir, HostKeys, Store, Policy, Pools, Limits and Log
+// are required.
+type Config struct {
+	Dir      string // the state folder; the caller holds its lock and the store in it
+	HostKeys []ssh.Signer
+	Store    store.Store
+	Policy   queue.Policy
+	Pools    []string              // the first is the default
+	Limits   map[keys.Role]Limits  // for each role; keys.Student is everybody else's
+	Guests   bool                  // unknown keys may look around
+	Reserve  float64               // share of the disk that uploads leave free
+	Mirror   *stream.MirrorOptions // nil: no mirror
+	Version  Version
+	Log      *log.Logger
+}
+
+// A Version says which raid this is.
+type Version struct {
+	Version   string `json:"version"`
+	Commit    string `json:"commit,omitempty"`
+	BuildTime string `json:"build_time,omitempty"`
+	Go        string `json:"go"`
+}
+
+// A Server is one running raid. Its methods are safe for concurrent use.
+type Server struct {
+	Config
+	door   *door.Server
+	brain  *brain.Brain
+	spools *stream.Spools
+	blobs  *blob.Folder
+	mirror *stream.Mirror // nil without one
+	book   keys.Book
+	admit  sync.Mutex // held from a Check of the book to its Apply
+	since  time.Time
+	secret []byte // makes aliases
+}
+
+// Tables of rows that are not the queue's.
+const (
+	tableUser = "user"
+	tableKey  = "key"
+)
+
+// New loads the state. Nothing listens before Serve.
+func New(ctx context.Context, c Config) (*Server, error) {
+	s := &Server{Config: c, since: time.Now()}
+	if err := s.loadPeople(ctx); err != nil {
+		return nil, err
+	}
+	var err error
+	if s.blobs, err = blob.Open(filepath.Join(c.Dir, "blobs"), blob.Options{Reserve: c.Reserve}); err != nil {
+		return nil, err
+	}
+	s.spools = stream.New(filepath.Join(c.Dir, "spool"), c.Log.Errorf)
+	if c.Mirror != nil {
+		if s.mirror, err = stream.NewMirror(*c.Mirror, s.spools); err != nil {
+			return nil, err
+		}
+	}
+	s.brain, err = brain.New(ctx, brain.Config{Store: c.Store, Policy: c.Policy, Logf: c.Log.Errorf, Changed: s.changed})
+	if err != nil {
+		return nil, err
+	}
+	if err := s.dropIncoming(); err != nil {
+		return nil, err
+	}
+	s.secret = aliasSecret(c.HostKeys[0])
+	s.door, err = door.New(door.Config{HostKeys: c.HostKeys, Authorize: s.authorize, Handle: s.handle, Logf: c.Log.Infof})
+	return s, err
+}
+
+// Serve answers connections on l until ctx ends, then says goodbye to the sessions
+// and stops within grace. It returns nil after an orderly end. l is closed.
+func (s *Server) Serve(ctx context.Context, l net.Listener, grace time.Duration) error {
+	inner, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := s.brain.Run(inner); err != nil {
+			s.Log.Error("the queue has stopped", "err", err)
+			stop(err)
+		}
+	})
+	if s.mirror != nil {
+		wg.Go(func() { s.mirror.Run(inner) })
+		for _, rec := range s.brain.Unfinished() {
+			s.mirror.Watch(rec.ID)
+		}
+	}
+	wg.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-inner.Done():
+		}
+		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
+		defer cancel()
+		s.door.Shutdown(limit)
+	})
+	err := s.door.Serve(l)
+	if cause := context.Cause(inner); cause != nil {
+		err = cause
+	}
+	if ctx.Err() == nil && !errors.Is(err, door.ErrClosed) {
+		stop(err)
+	}
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
+	defer cancel()
+	s.door.Shutdown(limit) // returns when every session has ended
+	stop(nil)
+	wg.Wait()
+	s.spools.Close()
+	if errors.Is(err, door.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// changed is told of every committed change of a job, in the brain's loop.
+func (s *Server) changed(rec job.Record) {
+	l := s.Log.With("job", rec.ID, "user", rec.User, "state", rec.State)
+	if rec.State.Final() {
+		l = l.With("reason", rec.Reason, "exit", *rec.Exit)
+	}
+	l.Info("job")
+	if s.mirror != nil {
+		s.mirror.Event(rec.Job)
+		s.mirror.Watch(rec.ID)
+	}
+}
+
+// authorize says who a key belongs to. A key nobody enrolled is a guest's.
+func (s *Server) authorize(_ context.Context, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
+	if id, ok := s.book.Who(key, from.Addr()); ok {
+		return id, nil
+	}
+	if !s.Guests {
+		return keys.Identity{}, errors.New("key is not enrolled")
+	}
+	return keys.Identity{Role: keys.Guest, Fingerprint: ssh.FingerprintSHA256(key)}, nil
+}
+
+// Enrol enters a person or a runner, durably. by is for the log.
+func (s *Server) Enrol(ctx context.Context, e keys.Enrollment, by string, loopbackOnly bool) (keys.User, keys.Key, error) {
+	s.admit.Lock()
+	defer s.admit.Unlock()
+	u, k, err := s.book.Check(e)
+	if err != nil {
+		return u, k, err
+	}
+	k.LoopbackOnly = loopbackOnly
+	if err := s.brain.Put(ctx, []queue.Write{row(tableUser, u.Name, u), row(tableKey, k.Fingerprint, k)}); err != nil {
+		return u, k, err
+	}
+	s.book.Apply(u, k)
+	s.Log.Info("enrolled", "user", u.Name, "role", u.Role, "team", u.Team, "key", k.Fingerprint, "by", by)
+	return u, k, nil
+}
+
+// Enrolled reports whether a key, in authorized_keys form, is somebody's.
+func (s *Server) Enrolled(line string) bool {
+	k, err := keys.ParseKey(line)
+	if err != nil {
+		return false
+	}
+	_, ok := s.book.Key(k.Fingerprint)
+	return ok
+}
+
+func row(table, key string, v any) queue.Write {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic("sshd: a row that is not JSON: " + err.Error()) // our own types; cannot happen
+	}
+	return queue.Write{Row: queue.Row{Table: table, Key: key, Value: b}}
+}
+
+func (s *Server) loadPeople(ctx context.Context) error {
+	var users []keys.User
+	var ks []keys.Key
+	_, err := s.Store.Load(ctx, []string{tableUser, tableKey}, func(r queue.Row) error {
+		if r.Table == tableUser {
+			users = append(users, keys.User{})
+			return json.Unmarshal(r.Value, &users[len(users)-1])
+		}
+		ks = append(ks, keys.Key{})
+		return json.Unmarshal(r.Value, &ks[len(ks)-1])
+	})
+	if err != nil {
+		return fmt.Errorf("load people: %w", err)
+	}
+	s.book.Load(users, ks)
+	return nil
+}
+
+// limits returns what a role may use.
+func (s *Server) limits(r keys.Role) Limits {
+	if l, ok := s.Limits[r]; ok {
+		return l
+	}
+	return s.Limits[keys.Student]
+}
+
+// alias is what strangers see of a tenant: always the same, and telling nothing.
+func (s *Server) alias(tenant string) string {
+	m := hmac.New(sha256.New, s.secret)
+	m.Write([]byte(tenant))
+	return "team-" + hex.EncodeToString(m.Sum(nil)[:3])
+}
+
+func aliasSecret(host ssh.Signer) []byte {
+	sum := sha256.Sum256(append([]byte("raid alias "), host.PublicKey().Marshal()...))
+	return sum[:]
+}
+
+// incoming is where /build of an attempt arrives, before it is a blob.
+func (s *Server) incoming(l job.Lease) string {
+	return filepath.Join(s.Dir, "incoming", fmt.Sprintf("%d-%d.tar", l.Job, l.Fence))
+}
+
+// dropIncoming removes what arrived for attempts that are over.
+func (s *Server) dropIncoming() error {
+	dir := filepath.Join(s.Dir, "incoming")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	wanted := map[string]bool{}
+	for _, rec := range s.brain.Unfinished() {
+		wanted[s.incoming(job.Lease{Job: rec.ID, Fence: rec.Fence})] = true
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if !wanted[f] {
+			if err := os.Remove(f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

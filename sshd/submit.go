@@ -1,0 +1,363 @@
+package sshd
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/runner/job/tree"
+	"github.com/rai-project/raid/sshd/blob"
+	"github.com/rai-project/raid/sshd/queue"
+)
+
+func submitFlags(f *pflag.FlagSet) {
+	f.StringP("queue", "q", "", "the pool to run in, as RAI named its queues")
+	f.String("as", "run", "what this submission counts as: run, m1, m2, final, …")
+	f.Int("gpus", -1, "GPUs, instead of what the build file says")
+	f.String("name", "", "a name of your own, shown in listings")
+	f.Duration("timeout", 0, "a shorter time limit")
+	f.Bool("tty", false, "give the job a terminal for its stdout")
+	rerunFlags(f)
+}
+
+func rerunFlags(f *pflag.FlagSet) {
+	f.Bool("detach", false, "print the job's id and leave at once")
+	jsonFlag(f)
+}
+
+// runSubmit takes an upload, queues a job and follows it.
+func runSubmit(ctx context.Context, c *call) (int, error) {
+	rec := job.Record{Job: job.Job{User: c.Who.User, Team: c.Who.Team, Kind: c.flag("as"), Name: c.flag("name")}}
+	if err := c.checkWords(&rec); err != nil {
+		return 0, err
+	}
+	up, err := c.receive(ctx)
+	if err != nil {
+		return 0, err
+	}
+	received := time.Now()
+	build, err := c.buildFile(up)
+	if err != nil {
+		return 0, errors.Join(err, up.abort())
+	}
+	if err := c.specify(ctx, &rec, build); err != nil {
+		return 0, errors.Join(err, up.abort())
+	}
+	if rec.Source, err = up.commit(); err != nil {
+		return 0, err
+	}
+	rec.SourceSHA256 = strings.TrimPrefix(rec.Source, "sha256:")
+	return c.enqueue(ctx, &rec, &receipt{at: received, entries: up.Entries, bytes: up.size})
+}
+
+// runRerun queues an old upload again, with what it asked for then.
+func runRerun(ctx context.Context, c *call) (int, error) {
+	old, err := c.job(ctx, c.args[0])
+	if err != nil {
+		return 0, err
+	}
+	rec := job.Record{Job: job.Job{User: c.Who.User, Team: c.Who.Team, Pool: old.Pool, Kind: old.Kind,
+		Name: old.Name, Image: old.Image, SourceSHA256: old.SourceSHA256}, Source: old.Source, Spec: old.Spec}
+	return c.enqueue(ctx, &rec, &receipt{at: time.Now()})
+}
+
+// A receipt is the proof of a submission that every submit prints.
+type receipt struct {
+	at      time.Time // the server's time of the complete upload
+	entries int
+	bytes   int64
+}
+
+// enqueue makes the job durable, says so, and follows it.
+func (c *call) enqueue(ctx context.Context, rec *job.Record, r *receipt) (int, error) {
+	reply, err := c.s.brain.Do(ctx, queue.Submit{Record: *rec})
+	if err != nil {
+		return 0, err
+	}
+	*rec = *reply.(*job.Record)
+	source := "no files"
+	if rec.SourceSHA256 != "" {
+		source = "sha256 " + rec.SourceSHA256
+	}
+	c.say("job %d queued as %s in %s", rec.ID, rec.Kind, rec.Pool)
+	c.say("received %s, %s", job.At(r.at), source)
+	if c.on("detach") {
+		if c.json() {
+			return 0, c.emit(event{Event: "queued", Job: rec.ID, T: job.At(r.at), SHA256: rec.SourceSHA256, Kind: rec.Kind})
+		}
+		_, err := fmt.Fprintln(c, rec.ID)
+		return 0, err
+	}
+	f := &follower{call: c, id: rec.ID, owner: true, status: true}
+	f.event(event{Event: "queued", T: job.At(r.at), SHA256: rec.SourceSHA256, Kind: rec.Kind})
+	return f.run(ctx)
+}
+
+// checkWords checks what the flags say before anything is uploaded.
+func (c *call) checkWords(rec *job.Record) error {
+	if len(c.args) > 0 {
+		return failf(job.ExitUsage, "a command for the box comes after \" -- \": ssh … submit -- make test", "submit: unexpected word %s", quote(c.args[0]))
+	}
+	rec.Pool = c.flag("queue")
+	if rec.Pool == "" {
+		rec.Pool = c.s.Pools[0]
+	}
+	if !slices.Contains(c.s.Pools, rec.Pool) {
+		return failf(job.ExitInput, "the pools are: "+join(c.s.Pools), "no pool %s", quote(rec.Pool))
+	}
+	for what, word := range map[string]string{"--as": rec.Kind, "--name": rec.Name} {
+		if len(word) > 64 || clean(word) != word {
+			return failf(job.ExitUsage, "at most 64 printable characters", "submit: bad %s", what)
+		}
+	}
+	if rec.Kind == "" || strings.ContainsAny(rec.Kind, " /") {
+		return failf(job.ExitUsage, "it is one word: m1, final, …", "submit: bad --as")
+	}
+	return nil
+}
+
+// An upload is what arrived on stdin, checked, not yet stored.
+type upload struct {
+	tree.Summary
+	blob *blob.Upload // nil for none
+	size int64
+}
+
+func (u *upload) abort() error {
+	if u.blob != nil {
+		u.blob.Abort()
+	}
+	return nil
+}
+
+// commit stores the upload and returns its name, "" for none.
+func (u *upload) commit() (string, error) {
+	if u.blob == nil {
+		return "", nil
+	}
+	defer u.blob.Abort()
+	k, err := u.blob.Commit()
+	if err != nil {
+		return "", noSpace(err)
+	}
+	return string(k), nil
+}
+
+func noSpace(err error) error {
+	if errors.Is(err, blob.ErrNoSpace) {
+		return failf(job.ExitTryLater, "staff have to make room; try again later", "raid's disk is full")
+	}
+	return err
+}
+
+const uploadHint = "try: tar cf - . | ssh … submit"
+
+// receive reads stdin to its end, into a blob that is not committed yet.
+func (c *call) receive(ctx context.Context) (*upload, error) {
+	if _, tty := c.PTY(); tty {
+		if c.tail != "" {
+			return &upload{Summary: tree.Summary{Empty: true}}, nil
+		}
+		return nil, failf(job.ExitUsage, uploadHint, "submit reads a tar from stdin, and this is a terminal")
+	}
+	lim := c.s.limits(c.Who.Role)
+	b, err := c.s.blobs.Create(lim.Upload)
+	if err != nil {
+		return nil, noSpace(err)
+	}
+	in, stop := c.hinted()
+	defer stop()
+	sum, err := tree.Receive(in, b, job.BuildFileName, tree.Limits{Unpacked: lim.Unpacked, Entries: lim.Entries})
+	if ctx.Err() != nil {
+		b.Abort()
+		return nil, context.Cause(ctx)
+	}
+	if err != nil {
+		b.Abort()
+		return nil, c.badUpload(err, lim)
+	}
+	up := &upload{Summary: sum, blob: b, size: b.Size()}
+	if !sum.Empty {
+		return up, nil
+	}
+	b.Abort()
+	if c.tail == "" {
+		return nil, failf(job.ExitInput, uploadHint, "nothing arrived on stdin")
+	}
+	return &upload{Summary: sum}, nil
+}
+
+// badUpload says what is wrong with an upload.
+func (c *call) badUpload(err error, lim Limits) error {
+	var no *tree.RefusedError
+	switch {
+	case errors.As(err, &no):
+		return failf(job.ExitInput, no.Hint, "refused: %s", no.Error())
+	case errors.Is(err, blob.ErrTooBig):
+		return failf(job.ExitInput, "leave out what the build can make again; data sets belong on the runner", "refused: the upload is larger than %s", bytesWord(lim.Upload))
+	}
+	return noSpace(err)
+}
+
+// hintAfter is how long stdin may be silent before somebody is told what is missing.
+const hintAfter = 5 * time.Second
+
+// hinted is stdin with a hint to whoever typed `ssh host submit` and waits. stop
+// must be called when reading is over.
+func (c *call) hinted() (in io.Reader, stop func()) {
+	t := time.AfterFunc(hintAfter, func() { c.say("waiting for a tar on stdin; %s", uploadHint) })
+	return &firstRead{r: c.Session, first: sync.OnceFunc(func() { t.Stop() })}, func() { t.Stop() }
+}
+
+// firstRead calls first as soon as something was read.
+type firstRead struct {
+	r     io.Reader
+	first func()
+}
+
+func (f *firstRead) Read(p []byte) (int, error) {
+	n, err := f.r.Read(p)
+	f.first()
+	return n, err
+}
+
+// buildFile parses the upload's build file and prints its warnings. With a command
+// of its own a submission needs none.
+func (c *call) buildFile(up *upload) (*job.Build, error) {
+	if !up.Found {
+		if c.tail != "" {
+			return &job.Build{}, nil
+		}
+		hint := "put one in the top folder, or give a command: ssh … submit -- make\n\n" + job.BuildTemplate
+		if up.Nested != "" {
+			hint = fmt.Sprintf("it is in %s; pack the folder from inside: tar cf - -C %s . | ssh … submit", quote(up.Nested), up.Nested)
+		}
+		return nil, failf(job.ExitInput, hint, "there is no %s in the upload", job.BuildFileName)
+	}
+	b, notes, err := job.ParseBuild(bytes.Clone(up.Wanted))
+	for _, n := range notes {
+		c.block(n.Render(job.BuildFileName))
+	}
+	var bad *job.BuildError
+	if errors.As(err, &bad) {
+		c.block(bad.Render(job.BuildFileName))
+		return nil, failf(job.ExitInput, bad.Hint, "%s was not understood", job.BuildFileName)
+	}
+	return b, err
+}
+
+// block prints several lines, each as raid's own.
+func (c *call) block(text string) {
+	for line := range strings.Lines(text) {
+		c.say("%s", strings.TrimRight(line, "\n"))
+	}
+}
+
+// specify joins build file, flags and what the caller's role may have.
+func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error {
+	lim := c.s.limits(c.Who.Role)
+	rec.Spec = job.Spec{Image: b.Image, Steps: b.Steps, TTY: b.TTY || c.on("tty"), CPUArch: b.CPUArch, Limits: lim.Limits}
+	rec.Image = b.Image
+	if c.tail != "" {
+		rec.Spec.Steps = []string{c.tail}
+	}
+	if len(rec.Spec.Steps) == 0 {
+		return failf(job.ExitInput, "list them under commands: build:", "%s has no commands to run", job.BuildFileName)
+	}
+	if b.Network && !lim.Network {
+		return failf(job.ExitRefused, "set network: false, or ask staff", "your role may not use the network")
+	}
+	rec.Spec.Network = b.Network
+	if b.BuildImage != nil {
+		return failf(job.ExitRefused, "name an image that exists under rai: image:", "this raid does not build images")
+	}
+	if err := c.time(&rec.Spec, b); err != nil {
+		return err
+	}
+	if b.Memory > 0 && b.Memory < rec.Spec.Limits.Memory {
+		rec.Spec.Limits.Memory = b.Memory
+	}
+	return c.gpus(ctx, rec, b, lim)
+}
+
+// time lowers the time limit, never raises it.
+func (c *call) time(s *job.Spec, b *job.Build) error {
+	asked, err := c.flags.GetDuration("timeout")
+	if err != nil || asked < 0 {
+		return failf(job.ExitUsage, "it looks like: --timeout 10m", "submit: bad --timeout")
+	}
+	for _, d := range []time.Duration{b.Time, asked} {
+		if d > s.Limits.Time {
+			c.say("the time limit is %s; %s was asked for", span(s.Limits.Time), span(d))
+		}
+		if d > 0 {
+			s.Limits.Time = min(s.Limits.Time, d)
+		}
+	}
+	return nil
+}
+
+// gpus decides how many GPUs a job gets: as RAI did, a wish for more than there is
+// or for a negative number is granted as far as it can be, with a warning.
+func (c *call) gpus(ctx context.Context, rec *job.Record, b *job.Build, lim Limits) error {
+	n := 0
+	if b.GPU != nil {
+		n, rec.Spec.GPUArch = b.GPU.Count, b.GPU.Arch
+	}
+	if asked, err := c.flags.GetInt("gpus"); err == nil && c.flags.Changed("gpus") {
+		n = asked
+	}
+	if n < 0 {
+		c.say("the number of GPUs should be positive, not %d: giving it 1", n)
+		n = 1
+	}
+	if lim.GPUs > 0 && n > lim.GPUs {
+		c.say("your role may use %s at once: giving it %d", count(lim.GPUs, "GPU"), lim.GPUs)
+		n = lim.GPUs
+	}
+	rec.Spec.GPUs = n
+	return c.fits(ctx, rec)
+}
+
+// uptime before which raid does not say that nobody could ever run a job, and how
+// long a runner that went away still counts.
+const (
+	settled  = time.Minute
+	lastSeen = 24 * time.Hour
+)
+
+// fits warns of GPUs a slot has not, and refuses what no runner seen lately has.
+func (c *call) fits(ctx context.Context, rec *job.Record) error {
+	most, able, lacks := 0, false, []string{}
+	err := c.s.brain.View(ctx, func(q *queue.Core) {
+		for _, r := range q.Runners() {
+			if !r.Connected && time.Since(time.UnixMilli(r.Seen)) > lastSeen {
+				continue
+			}
+			if l := r.Lacks(rec); l != "" {
+				lacks = append(lacks, r.Name+" "+l)
+				continue
+			}
+			able, most = true, max(most, len(r.GPUs))
+		}
+	})
+	switch {
+	case err != nil:
+		return err
+	case able && rec.Spec.GPUs > most:
+		c.say("a slot has %s at most: giving it %d of the %d asked for", count(most, "GPU"), most, rec.Spec.GPUs)
+		rec.Spec.GPUs = most
+	case !able && time.Since(c.s.since) > settled:
+		return failf(job.ExitRefused, strings.Join(lacks, "\n"), "no runner here could ever run this job")
+	}
+	return nil
+}
