@@ -26,9 +26,10 @@ func TestNewRefuses(t *testing.T) {
 	}
 	handle := func(context.Context, *Session) int { return 0 }
 	for name, cfg := range map[string]Config{
-		"no host key":  {Authorize: authorize, Handle: handle},
-		"no Authorize": {HostKeys: key, Handle: handle},
-		"no Handle":    {HostKeys: key, Authorize: authorize},
+		"no host key":   {Authorize: authorize, Handle: handle},
+		"two of a type": {HostKeys: []ssh.Signer{newKey(t), newKey(t)}, Authorize: authorize, Handle: handle},
+		"no Authorize":  {HostKeys: key, Handle: handle},
+		"no Handle":     {HostKeys: key, Authorize: authorize},
 	} {
 		if _, err := New(cfg); err == nil {
 			t.Errorf("New with %s: no error", name)

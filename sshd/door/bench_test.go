@@ -122,9 +122,8 @@ func BenchmarkSSH(b *testing.B) {
 				b.SetBytes(bb.in + bb.out)
 				for b.Loop() {
 					cmd := u.ssh(append(bb.args, "-i", id, "-o", "IdentitiesOnly=yes")...)
-					if server == "sshd" {
-						cmd.Args = append(cmd.Args, "-p", port)
-						cmd.Args = sshdArgs(u, bb.args, id, port)
+					if server == "sshd" { // the first -p and user count
+						cmd = u.ssh(append(bb.args, "-i", id, "-o", "IdentitiesOnly=yes", "-p", port, "-l", "root")...)
 					}
 					cmd.Args = append(cmd.Args, bb.command[i])
 					if bb.in > 0 {
@@ -139,13 +138,6 @@ func BenchmarkSSH(b *testing.B) {
 			})
 		}
 	}
-}
-
-// sshdArgs are a user's arguments for the system's sshd.
-func sshdArgs(u *user, extra []string, id, port string) []string {
-	args := append([]string{"ssh"}, extra...)
-	return append(args, "-F", "none", "-p", port, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-		"-o", "IdentityAgent=none", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-i", id, "-o", "IdentitiesOnly=yes", "root@127.0.0.1")
 }
 
 type counter int64

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -21,6 +22,7 @@ const (
 	goodbyeLimit  = 5 * time.Second  // from revoke until the connection is cut
 	shutdownLimit = time.Second      // for the client to hang up by itself at shutdown
 	missedProbes  = 3                // unanswered keepalives before a client is lost
+	maxRefusing   = 256              // channels whose refusal is on its way
 )
 
 // A conn is one connection: the gate, the login, then its sessions.
@@ -37,6 +39,8 @@ type conn struct {
 	leave  func()         // gives the place before login back; may be called again
 	grace  *time.Timer    // login time limit
 	work   sync.WaitGroup // sessions, their key watchers, the keepalive
+
+	refusing atomic.Int32 // channels that are being rejected
 
 	mu     sync.Mutex // protects the following
 	who    keys.Identity
@@ -159,7 +163,7 @@ func (c *conn) idleLimit() time.Duration {
 // session runs one channel, in its own goroutine, until both sides have closed it.
 func (c *conn) session(peer *ssh.ServerConn, nc ssh.NewChannel) {
 	if !c.enter(peer) {
-		nc.Reject(ssh.ResourceShortage, "too many sessions on this connection")
+		c.refuse(nc)
 		return
 	}
 	defer c.exit()
@@ -178,6 +182,16 @@ func (c *conn) session(peer *ssh.ServerConn, nc ssh.NewChannel) {
 		return
 	}
 	newSession(c, who, ch).run(requests)
+}
+
+// refuse rejects a channel. gliderlabs gives each a goroutine, and each waits while the
+// client does not read: a client that opens channels without end is cut (defect k).
+func (c *conn) refuse(nc ssh.NewChannel) {
+	if c.refusing.Add(1) > maxRefusing {
+		c.cut(ErrLost)
+	}
+	defer c.refusing.Add(-1)
+	nc.Reject(ssh.ResourceShortage, "too many sessions on this connection")
 }
 
 // enter counts a channel in; the first one starts the keepalive.

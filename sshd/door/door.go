@@ -64,6 +64,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -146,6 +147,12 @@ type Server struct {
 func New(cfg Config) (*Server, error) {
 	if len(cfg.HostKeys) == 0 { // defect q
 		return nil, errors.New("ssh server: no host key")
+	}
+	for i, key := range cfg.HostKeys {
+		same := func(other ssh.Signer) bool { return other.PublicKey().Type() == key.PublicKey().Type() }
+		if slices.ContainsFunc(cfg.HostKeys[:i], same) { // gliderlabs would keep the last
+			return nil, fmt.Errorf("ssh server: two host keys of type %s", key.PublicKey().Type())
+		}
 	}
 	if cfg.Authorize == nil || cfg.Handle == nil { // defects a, n
 		return nil, errors.New("ssh server: Authorize and Handle must be set")

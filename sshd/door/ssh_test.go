@@ -33,7 +33,7 @@ func (h *house) user(t testing.TB) *user {
 	_, port, _ := net.SplitHostPort(h.addr)
 	u := &user{dir: t.TempDir()}
 	u.args = []string{"-F", "none", "-p", port, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-		"-o", "IdentityAgent=none", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "rai@127.0.0.1"}
+		"-o", "IdentityAgent=none", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-l", "rai", "127.0.0.1"}
 	return u
 }
 

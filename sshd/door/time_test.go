@@ -106,12 +106,15 @@ func TestGrace(t *testing.T) {
 			t.Errorf("a silent client is cut after %v, want 30s", got)
 		}
 		slow := l.enter("192.0.2.7:2")
+		done := make(chan bool)
 		go func() {
+			defer close(done)
 			for _, err := io.WriteString(slow, "S"); err == nil; _, err = io.WriteString(slow, "S") {
 				time.Sleep(time.Second)
 			}
 		}()
 		got = after(func() { io.Copy(io.Discard, slow) })
+		<-done
 		if got != 30*time.Second {
 			t.Errorf("a slow client is cut after %v, want 30s", got)
 		}
@@ -234,6 +237,26 @@ func TestStuckFlush(t *testing.T) {
 			t.Errorf("a stuck client is cut after %v (%v), want %v", got, err, flushLimit)
 		}
 		close(nc.gone)
+	})
+}
+
+// A client that opens channels without end and does not read the refusals is cut.
+func TestChannelFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := visit(t, Config{})
+		nc := &stopper{Conn: l.enter("192.0.2.7:1"), stop: make(chan struct{}), gone: make(chan struct{})}
+		c := h.login(t, nc)
+		close(nc.stop)
+		var opens sync.WaitGroup
+		for range 20 * maxRefusing {
+			opens.Go(func() { c.OpenChannel("session", make([]byte, 100)) })
+		}
+		synctest.Wait()
+		if n := len(h.connections()); n != 0 {
+			t.Errorf("%d connections are left, want 0", n)
+		}
+		close(nc.gone)
+		opens.Wait()
 	})
 }
 
