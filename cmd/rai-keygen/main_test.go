@@ -96,7 +96,13 @@ type fakeRaid struct {
 func raid(t *testing.T) *fakeRaid {
 	t.Helper()
 	r := &fakeRaid{}
-	r.Server = dialtest.Serve(t, r.handle)
+	r.serve(t, r.handle)
+	return r
+}
+
+// serve starts the server, its admin's key and its host key file.
+func (r *fakeRaid) serve(t *testing.T, handle func(string, ssh.Channel)) {
+	t.Helper()
 	dir := t.TempDir()
 	r.admin = filepath.Join(dir, "admin")
 	private, public, err := keys.NewKey("admin")
@@ -106,13 +112,14 @@ func raid(t *testing.T) *fakeRaid {
 	if err := keys.WriteKey(r.admin, private, public); err != nil {
 		t.Fatal(err)
 	}
-	if r.Client, err = ssh.ParsePrivateKey(private); err != nil {
+	client, err := ssh.ParsePrivateKey(private)
+	if err != nil {
 		t.Fatal(err)
 	}
+	r.Server = dialtest.ServeClient(t, client, handle)
 	if err := os.WriteFile(filepath.Join(dir, "host_key.pub"), []byte(dialtest.Line(r.Host)+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	return r
 }
 
 func (r *fakeRaid) handle(cmd string, ch ssh.Channel) {
@@ -282,17 +289,11 @@ func TestPubAndRunner(t *testing.T) {
 
 // Somebody who may not enrol keeps no keys of others.
 func TestNotAllowed(t *testing.T) {
-	r := raid(t)
-	r.Server = dialtest.Serve(t, func(_ string, ch ssh.Channel) {
+	r := &fakeRaid{}
+	r.serve(t, func(_ string, ch ssh.Channel) {
 		fmt.Fprintln(ch.Stderr(), "raid: only staff may do that")
 		dialtest.Exit(ch, 126)
 	})
-	s, err := keys.LoadSigner(r.admin, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Client = s
-	os.WriteFile(filepath.Join(filepath.Dir(r.admin), "host_key.pub"), []byte(dialtest.Line(r.Host)), 0o644)
 	out := t.TempDir()
 	status, _, stderr := r.keygen(t, "-u", "ada", "-e", "a@b", "-r", "student", "--out", out)
 	if left, _ := os.ReadDir(out); status != 126 || !strings.Contains(stderr, "only staff") || len(left) > 0 {

@@ -39,7 +39,13 @@ type Server struct {
 // not at all. further are more host keys, preferred to its own.
 func Serve(t testing.TB, handle func(command string, ch ssh.Channel), further ...ssh.Signer) *Server {
 	t.Helper()
-	s := &Server{Host: Signer(t), Client: Signer(t), handle: handle, Left: make(chan string, 99), Signals: make(chan string, 99)}
+	return ServeClient(t, Signer(t), handle, further...)
+}
+
+// ServeClient is Serve for a client whose key exists.
+func ServeClient(t testing.TB, client ssh.Signer, handle func(command string, ch ssh.Channel), further ...ssh.Signer) *Server {
+	t.Helper()
+	s := &Server{Host: Signer(t), Client: client, handle: handle, Left: make(chan string, 99), Signals: make(chan string, 99)}
 	cfg := &ssh.ServerConfig{PublicKeyCallback: func(_ ssh.ConnMetadata, k ssh.PublicKey) (*ssh.Permissions, error) {
 		if !bytes.Equal(k.Marshal(), s.Client.PublicKey().Marshal()) {
 			return nil, errors.New("unknown key")
