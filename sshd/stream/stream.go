@@ -509,7 +509,7 @@ func (f *Follower) Skip(offset int64) {
 }
 
 // Tail moves to the last lines of what there is: lines of stdout and stderr, as they
-// were printed. What else stands before them is left out too. It reads all there is,
+// were printed, and all that was said since the one before them. It reads all there is
 // and does not wait; memory does not depend on lines. ctx ends a long read.
 func (f *Follower) Tail(ctx context.Context, lines int) error {
 	f.Skip(0)
