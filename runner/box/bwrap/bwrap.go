@@ -11,8 +11,8 @@
 //
 // Promises: every process is in the cgroup before it can run a line of the job, and
 // the box dies with its runner, by the kernel's hand (parent death signal) and by the
-// shim's (end of input). After kill -9 of a runner only empty cgroup folders, and a
-// few files in RunDir, are left for Sweep.
+// shim's (end of input). After kill -9 of a runner only empty cgroup folders, and the
+// files of RunDir, are left for Sweep.
 //
 // Without root the user namespace still holds, but the job runs as the runner's own
 // user, the disk is only measured, and memory, processes and CPU are limited only
@@ -78,8 +78,8 @@ type Engine struct {
 	uid       int      // of boxes, -1 to keep our own
 	forest    forest
 	templates templates
-	images    bool // disks are images
-	nesting   bool // bwrap has --disable-userns
+	images    bool            // disks are images
+	lacks     map[string]bool // options that this bwrap does not know
 	weakness  string
 
 	mu   sync.Mutex
@@ -106,7 +106,7 @@ func New(ctx context.Context, c Config) (_ *Engine, err error) {
 	if c.Logf == nil {
 		c.Logf = func(string, ...any) {}
 	}
-	e := &Engine{cfg: c, uid: -1, open: map[string]bool{}, nesting: true}
+	e := &Engine{cfg: c, uid: -1, open: map[string]bool{}, lacks: map[string]bool{}}
 	if e.bwrap, err = exec.LookPath("bwrap"); err != nil {
 		return nil, errors.New("bubblewrap is not installed: apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora, RHEL)")
 	}
@@ -139,11 +139,7 @@ func New(ctx context.Context, c Config) (_ *Engine, err error) {
 func (e *Engine) claim() error {
 	e.run = e.cfg.RunDir
 	if e.run == "" {
-		parent := "/var/tmp"
-		if unix.Access(parent, unix.W_OK) != nil {
-			parent = os.TempDir()
-		}
-		e.run = filepath.Join(parent, "raid-"+e.cfg.ID)
+		e.run = filepath.Join(runParent(), "raid-"+e.cfg.ID)
 	}
 	if err := os.Mkdir(e.run, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("make run folder: %w", err)
@@ -156,6 +152,9 @@ func (e *Engine) claim() error {
 	if s.Mode&unix.S_IFMT != unix.S_IFDIR || int(s.Uid) != os.Geteuid() || s.Mode&0o022 != 0 {
 		return fmt.Errorf("run folder %s is not ours: remove it", e.run)
 	}
+	if noExec(e.run) {
+		return fmt.Errorf("run folder %s is on a file system mounted noexec: choose another", e.run)
+	}
 	lock, err := os.Open(e.run)
 	if err != nil {
 		return fmt.Errorf("open run folder: %w", err)
@@ -166,6 +165,21 @@ func (e *Engine) claim() error {
 	}
 	e.lock = lock
 	return nil
+}
+
+// runParent is /var/tmp, but for machines where programs may not be run from it.
+func runParent() string {
+	for _, dir := range [...]string{"/var/tmp", os.TempDir(), "/run"} {
+		if unix.Access(dir, unix.W_OK) == nil && !noExec(dir) {
+			return dir
+		}
+	}
+	return "/var/tmp"
+}
+
+func noExec(dir string) bool {
+	var s unix.Statfs_t
+	return unix.Statfs(dir, &s) == nil && s.Flags&unix.ST_NOEXEC != 0
 }
 
 // furnish fills RunDir with what all boxes share.
@@ -254,13 +268,16 @@ func (e *Engine) tryImages(ctx context.Context) error {
 	return err
 }
 
-// tryBox starts a box that runs true(1). An older bwrap does without
-// --disable-userns: the seccomp filter refuses namespaces anyway.
+// tryBox starts a box that runs true(1), and finds out which options an older bwrap
+// lacks. Both can be spared: the seccomp filter refuses namespaces too, and the
+// cgroup counts what lies in /dev/shm.
 func (e *Engine) tryBox(ctx context.Context) error {
 	err := e.tryOnce(ctx)
-	if err != nil && strings.Contains(err.Error(), "disable-userns") {
-		e.nesting = false
-		err = e.tryOnce(ctx)
+	for _, option := range [...]string{"--disable-userns", "--size"} { // in the order of args
+		if err != nil && strings.Contains(err.Error(), "nknown option "+option) {
+			e.lacks[option] = true
+			err = e.tryOnce(ctx)
+		}
 	}
 	return err
 }

@@ -224,3 +224,30 @@ func BenchmarkBox(b *testing.B) {
 		b.ReportMetric(ds[len(ds)/2].Seconds()*1000, "ms-"+name)
 	}
 }
+
+// An older bubblewrap does without the options it lacks.
+func TestOldBwrap(t *testing.T) {
+	need(t)
+	real, err := exec.LookPath("bwrap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("/var/tmp", "raid-old-bwrap-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	script := "#!/bin/sh\nfor a; do case $a in --disable-userns|--size) echo \"bwrap: Unknown option $a\" >&2; exit 1;; esac; done\nexec " + real + " \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(dir, "bwrap"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	e := newEngine(t, boxtest.ID())
+	defer e.Close()
+	if got := boxtest.Say(t, e, box.Config{}, "unshare -Ur true 2>/dev/null || echo refused"); got != "refused\n" {
+		t.Errorf("a box of an old bwrap said %q, want refused", got)
+	}
+}

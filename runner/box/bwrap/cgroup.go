@@ -254,17 +254,13 @@ func (f forest) all() []*group {
 }
 
 // remove removes the forest's own folders, which must be empty. The shared folder
-// "raid" goes too unless another runner lives in it.
+// "raid" stays: another runner may be about to make its own in it.
 func (f forest) remove() {
 	for _, t := range f.v1 {
 		os.Remove(t.dir)
-		os.Remove(filepath.Dir(t.dir))
 	}
 	if f.v2 != "" {
 		os.Remove(f.v2)
-		if filepath.Base(filepath.Dir(f.v2)) == "raid" {
-			os.Remove(filepath.Dir(f.v2))
-		}
 	}
 }
 

@@ -220,10 +220,23 @@ func (d *disk) remove() error {
 		}
 	}
 	if d.root != nil {
+		d.forget()
 		// The last reference: the file system goes with it, and the loop device.
 		errs = append(errs, d.root.Close())
 	}
 	return errors.Join(append(errs, removeTree(d.home))...)
+}
+
+// forget has the kernel drop what the job wrote instead of writing it to a disk that
+// is about to vanish: with 1 GiB of it 0.1 s instead of 2 to 4. Best effort.
+func (d *disk) forget() {
+	if !d.image {
+		return
+	}
+	const noLogFlush = 2 // EXT4_GOING_FLAGS_NOLOGFLUSH
+	// EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32); the bits of _IOR differ between machines.
+	request := uint(unix.FS_IOC_GETFLAGS)&0xe0000000 | 4<<16 | 'X'<<8 | 125
+	unix.IoctlSetPointerInt(int(d.root.Fd()), request, noLogFlush)
 }
 
 // removeTree removes a folder whatever a job left in it. Without root, folders that

@@ -24,7 +24,7 @@ func (e *Engine) args(c box.Config, d *disk, argv []string) ([]string, error) {
 		"--seccomp", strconv.Itoa(fdSeccomp), "--info-fd", strconv.Itoa(fdInfo),
 		"--clearenv", "--setenv", "HOME", homeInBox,
 		"--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-	if e.nesting {
+	if !e.lacks["--disable-userns"] {
 		a = append(a, "--disable-userns")
 	}
 	if c.Network {
@@ -36,7 +36,7 @@ func (e *Engine) args(c box.Config, d *disk, argv []string) ([]string, error) {
 	}
 	a = append(a, root...)
 	a = append(a, "--proc", "/proc", "--dev", "/dev")
-	if c.Limits.Memory > 0 {
+	if c.Limits.Memory > 0 && !e.lacks["--size"] {
 		a = append(a, "--size", strconv.FormatInt(c.Limits.Memory, 10))
 	}
 	a = append(a, "--tmpfs", "/dev/shm")
