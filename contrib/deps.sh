@@ -14,6 +14,7 @@ need cc gcc
 need make make
 need mkfs.ext4 e2fsprogs
 need zstd zstd
+need bsdtar libarchive-tools
 need zip zip
 need python3 python3
 [ -z "$missing" ] && exit 0

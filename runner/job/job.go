@@ -114,22 +114,23 @@ func (t *Time) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// A Job is one submission and its one result: the object every --json prints.
+// A Job is one submission and its one result: the object every --json prints, with
+// every name always there.
 type Job struct {
 	ID           int64   `json:"id"`
 	State        State   `json:"state"`
-	Reason       Reason  `json:"reason,omitempty"`
+	Reason       Reason  `json:"reason"`
 	Exit         *int    `json:"exit"` // nil until the job ended
-	Signal       string  `json:"signal,omitempty"`
+	Signal       string  `json:"signal"`
 	User         string  `json:"user"`
-	Team         string  `json:"team,omitempty"`
+	Team         string  `json:"team"`
 	Pool         string  `json:"pool"`
 	Kind         string  `json:"kind"`
-	Name         string  `json:"name,omitempty"`
-	Engine       string  `json:"engine,omitempty"`
-	Image        string  `json:"image,omitempty"`
-	Runner       string  `json:"runner,omitempty"`
-	GPU          string  `json:"gpu,omitempty"`
+	Name         string  `json:"name"`
+	Engine       string  `json:"engine"`
+	Image        string  `json:"image"`
+	Runner       string  `json:"runner"`
+	GPU          string  `json:"gpu"`
 	Attempt      int     `json:"attempt"`
 	QueuedAt     Time    `json:"queued_at"`
 	StartedAt    Time    `json:"started_at"`  // when the current lease was granted
