@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -25,6 +26,10 @@ func benchHandler(ctx context.Context, s *Session) int {
 		io.CopyBuffer(struct{ io.Writer }{io.Discard}, s, make([]byte, 256<<10))
 	case s.Command == "idle":
 		s.Write(make([]byte, livePacket))
+		<-ctx.Done()
+	case s.Command == "bulk-idle":
+		s.Write(make([]byte, livePacket))
+		s.Write(make([]byte, bulkPacket))
 		<-ctx.Done()
 	case len(s.Command) > 5:
 		fmt.Sscanf(s.Command, "down %d", &n)
@@ -120,6 +125,7 @@ func BenchmarkSSH(b *testing.B) {
 		for i, server := range []string{"raid", "sshd"} {
 			b.Run(bb.name+"/"+server, func(b *testing.B) {
 				b.SetBytes(bb.in + bb.out)
+				var times []time.Duration
 				for b.Loop() {
 					cmd := u.ssh(append(bb.args, "-i", id, "-o", "IdentitiesOnly=yes")...)
 					if server == "sshd" { // the first -p and user count
@@ -131,10 +137,14 @@ func BenchmarkSSH(b *testing.B) {
 					}
 					var n counter
 					cmd.Stdout = &n
-					if err := cmd.Run(); err != nil || int64(n) != bb.out {
-						b.Fatalf("ssh: %v, %d bytes", err, n)
-					}
+					times = append(times, after(func() {
+						if err := cmd.Run(); err != nil || int64(n) != bb.out {
+							b.Fatalf("ssh: %v, %d bytes", err, n)
+						}
+					}))
 				}
+				slices.Sort(times)
+				b.ReportMetric(float64(times[len(times)/2].Microseconds())/1000, "ms-median")
 			})
 		}
 	}
@@ -144,25 +154,58 @@ type counter int64
 
 func (c *counter) Write(p []byte) (int, error) { *c += counter(len(p)); return len(p), nil }
 
-// Memory of a session that has sent some output and waits. The clients are in the same
-// process, so what is reported is both ends' and an upper bound.
+// idleClients is how many sessions BenchmarkIdleMemory holds.
+const idleClients = 1000
+
+// Memory of a session that has sent some output and waits, and as much again after it
+// has sent a bulk. The clients are another process.
 func BenchmarkIdleMemory(b *testing.B) {
-	h := open(b, Config{Handle: benchHandler})
-	const n = 500
-	for b.Loop() {
-		var before, now runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&before)
-		for range n {
-			s := session(b, h.dial(b, h.ada))
-			out, _ := s.StdoutPipe()
-			if err := s.Start("idle"); err != nil {
-				b.Fatal(err)
+	for _, command := range []string{"idle", "bulk-idle"} {
+		b.Run(command, func(b *testing.B) {
+			h := open(b, Config{Handle: benchHandler})
+			for b.Loop() {
+				before := memory()
+				cmd := exec.Command(os.Args[0], "-test.run=^TestIdleClients$")
+				cmd.Env = append(os.Environ(), "DOOR_CLIENTS="+h.addr, "DOOR_COMMAND="+command)
+				in, _ := cmd.StdinPipe()
+				out, _ := cmd.StdoutPipe()
+				if err := cmd.Start(); err != nil {
+					b.Fatal(err)
+				}
+				io.ReadFull(out, make([]byte, 1))
+				b.ReportMetric((memory()-before)/idleClients/1024, "KiB/session")
+				in.Close()
+				cmd.Wait()
 			}
-			io.ReadFull(out, make([]byte, livePacket))
-		}
-		runtime.GC()
-		runtime.ReadMemStats(&now)
-		b.ReportMetric(float64(now.HeapInuse+now.StackInuse-before.HeapInuse-before.StackInuse)/n/1024, "KiB/session")
+		})
 	}
+}
+
+func memory() float64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return float64(m.HeapInuse + m.StackInuse)
+}
+
+// TestIdleClients is the other process of BenchmarkIdleMemory.
+func TestIdleClients(t *testing.T) {
+	addr := os.Getenv("DOOR_CLIENTS")
+	if addr == "" {
+		t.Skip("only for BenchmarkIdleMemory")
+	}
+	h := &house{addr: addr}
+	key := newKey(t)
+	for range idleClients {
+		s := session(t, h.dial(t, key))
+		out, _ := s.StdoutPipe()
+		if err := s.Start(os.Getenv("DOOR_COMMAND")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(out, make([]byte, livePacket)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.Stdout.WriteString("!")
+	io.Copy(io.Discard, os.Stdin)
 }
