@@ -24,6 +24,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/rai-project/raid/keys"
@@ -66,6 +67,7 @@ func main() {
 
 // run is the program. It prints the error itself.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	stderr = &locked{w: stderr}
 	root := command(stdout, stderr)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
@@ -78,6 +80,19 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "rai-keygen: %s\n", hint)
 	}
 	return status
+}
+
+// A locked writer takes whole writes from several goroutines: raid's stderr arrives in
+// one, our own lines come from others.
+type locked struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (l *locked) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
 }
 
 // verdict says what an error means to the shell and to the reader.

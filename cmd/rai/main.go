@@ -27,6 +27,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/rai-project/raid/keys"
@@ -71,7 +72,7 @@ func usage(hint, format string, args ...any) error {
 
 func main() {
 	ctx, stop := interruptible()
-	a := &app{in: os.Stdin, out: os.Stdout, err: os.Stderr}
+	a := &app{in: os.Stdin, out: os.Stdout, err: &locked{w: os.Stderr}, tty: isTerminal(os.Stderr)}
 	status := a.run(ctx, os.Args[1:])
 	stop()
 	os.Exit(status)
@@ -106,9 +107,10 @@ func interruptible() (context.Context, func()) {
 // An app is one run of the program.
 type app struct {
 	in       *os.File
-	out, err io.Writer
-	tail     []string // the words after "--"
-	dashed   bool     // there was a "--"
+	out, err io.Writer // err takes writes of several goroutines
+	tty      bool      // err is a terminal
+	tail     []string  // the words after "--"
+	dashed   bool      // there was a "--"
 
 	profile, server, identity, known string
 	secret                           string
@@ -140,6 +142,19 @@ func (a *app) run(ctx context.Context, args []string) int {
 	return code
 }
 
+// A locked writer takes whole writes from several goroutines: raid's stderr arrives in
+// one, our own lines come from others.
+type locked struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (l *locked) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
 // verdict says what an error means to the shell and to the reader.
 func verdict(err error) (status int, hint string) {
 	var exit *exitError
@@ -168,7 +183,7 @@ func verdict(err error) (status int, hint string) {
 // say prints one line of our own.
 func (a *app) say(format string, args ...any) {
 	prefix := "rai: "
-	if a.color && isTerminal(a.err) {
+	if a.color && a.tty {
 		prefix = "\x1b[33mrai:\x1b[0m "
 	}
 	fmt.Fprintf(a.err, prefix+format+"\n", args...)

@@ -85,8 +85,8 @@ func TestJobWatcher(t *testing.T) {
 			for chunk := range slices.Chunk([]byte(c.in), step) {
 				w.Write(chunk)
 			}
-			if w.job != c.want || out.String() != c.in {
-				t.Errorf("in %.40q by %d: job %q, want %q", c.in, step, w.job, c.want)
+			if w.job() != c.want || out.String() != c.in {
+				t.Errorf("in %.40q by %d: job %q, want %q", c.in, step, w.job(), c.want)
 			}
 		}
 	}
@@ -293,7 +293,7 @@ func (r *fakeRaid) rai(ctx context.Context, t *testing.T, args ...string) (statu
 	}
 	defer null.Close()
 	var out, errs bytes.Buffer
-	a := &app{in: null, out: &out, err: &errs}
+	a := &app{in: null, out: &out, err: &locked{w: &errs}}
 	status = a.run(ctx, append([]string{"--profile", r.profile}, args...))
 	return status, out.String(), errs.String()
 }

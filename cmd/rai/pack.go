@@ -142,7 +142,7 @@ func (a *app) within(file string) (string, bool) {
 
 // sayPacked tells what went and what did not.
 func (a *app) sayPacked(p tree.Packed, ig *ignorer) {
-	if isTerminal(a.err) || a.verbose || a.debug {
+	if a.tty || a.verbose || a.debug {
 		left := ""
 		if ig.skipped > 0 {
 			left = fmt.Sprintf("; ignore rules left out %d, the first is %q", ig.skipped, ig.first)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/runner/job/tree"
@@ -49,10 +50,10 @@ func (a *app) submit(ctx context.Context, chosen bool) error {
 		return packErr
 	}
 	if err != nil {
-		return a.ended(err, watch.job)
+		return a.ended(err, watch.job())
 	}
-	if a.output != "" && watch.job != "" {
-		if err := a.fetch(ctx, c, watch.job); err != nil {
+	if a.output != "" && watch.job() != "" {
+		if err := a.fetch(ctx, c, watch.job()); err != nil {
 			if status == 0 {
 				return fmt.Errorf("fetch /build: %w", err)
 			}
@@ -180,15 +181,31 @@ func (a *app) fetch(ctx context.Context, c *dial.Client, job string) error {
 // A jobWatcher passes raid's stderr on and finds the number of the job in it. raid
 // says it before the job can print anything, so the first line that fits is raid's.
 type jobWatcher struct {
-	w    io.Writer
-	job  string
-	line []byte // of the current line, as long as there is no job
+	w io.Writer
+
+	mu   sync.Mutex // protects the following; not held while writing
+	id   string
+	line []byte // what there is of the current line, as long as there is no id
 }
 
 var jobLine = regexp.MustCompile(`^raid: (?:.*[^\w-])?job ([0-9]+)\b`)
 
 func (j *jobWatcher) Write(p []byte) (int, error) {
-	for rest := p; j.job == "" && len(rest) > 0; {
+	j.look(p)
+	return j.w.Write(p)
+}
+
+// job returns the number, or "" as long as none was said.
+func (j *jobWatcher) job() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.id
+}
+
+func (j *jobWatcher) look(p []byte) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for rest := p; j.id == "" && len(rest) > 0; {
 		line, more, whole := bytes.Cut(rest, []byte("\n"))
 		if len(j.line)+len(line) <= 4096 {
 			j.line = append(j.line, line...)
@@ -198,11 +215,10 @@ func (j *jobWatcher) Write(p []byte) (int, error) {
 			break
 		}
 		if m := jobLine.FindSubmatch(j.line); m != nil {
-			j.job = string(m[1])
+			j.id = string(m[1])
 		}
 		j.line = j.line[:0]
 	}
-	return j.w.Write(p)
 }
 
 // size prints a number of bytes for people.

@@ -290,9 +290,6 @@ func (c *Client) Run(ctx context.Context, command string, stdin io.Reader, stdou
 		defer close(copied)
 		s.drain(stdout, s.Stdout)
 	}()
-	select {
-	case <-copied:
-	case <-s.failed:
-	}
+	s.await(copied)
 	return s.Wait()
 }

@@ -17,12 +17,14 @@ type Session struct {
 	Stdin  io.WriteCloser // closing it ends the command's input, not the command
 	Stdout io.Reader
 
-	c      *Client
-	ch     ssh.Channel
-	stop   func() bool // ctx no longer ends the session
-	wg     sync.WaitGroup
-	ended  chan struct{} // closed when the server has closed the channel
-	failed chan struct{} // closed when we have
+	c       *Client
+	ch      ssh.Channel
+	stop    func() bool // ctx no longer ends the session
+	wg      sync.WaitGroup
+	settled chan struct{} // closed when the server has closed the channel and stderr is written
+	failed  chan struct{} // closed when we have ended the session early
+	gone    chan struct{} // closed when nobody waits for what may still come
+	once    sync.Once     // closes gone
 
 	mu     sync.Mutex // protects the following
 	status *uint32    // what the command exited with
@@ -41,18 +43,22 @@ func (c *Client) Start(ctx context.Context, command string, stderr io.Writer) (*
 	if err != nil {
 		return nil, c.lost("open a session", err)
 	}
-	s := &Session{Stdin: stdin{ch}, c: c, ch: ch, ended: make(chan struct{}), failed: make(chan struct{})}
+	s := &Session{Stdin: stdin{ch}, c: c, ch: ch, settled: make(chan struct{}), failed: make(chan struct{}), gone: make(chan struct{})}
 	s.Stdout = output{s, ch}
 	s.wg.Go(func() { s.answer(reqs) })
 	s.stop = context.AfterFunc(ctx, func() { s.fail(context.Cause(ctx)) })
 	s.wg.Go(func() { s.drain(stderr, output{s, ch.Stderr()}) })
+	go func() {
+		s.wg.Wait()
+		close(s.settled)
+	}()
 	ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ Command string }{command}))
 	if err == nil && ok {
 		return s, nil
 	}
 	ch.Close()
 	s.stop()
-	s.wg.Wait()
+	<-s.settled
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
 	}
@@ -64,7 +70,6 @@ func (c *Client) Start(ctx context.Context, command string, stderr io.Writer) (*
 
 // answer takes the requests of the server until the channel is closed.
 func (s *Session) answer(reqs <-chan *ssh.Request) {
-	defer close(s.ended)
 	for r := range reqs {
 		s.mu.Lock()
 		switch r.Type {
@@ -145,17 +150,7 @@ func (s *Session) fail(err error) {
 // exit status. Stdout must be read to the end first. The error is what the session
 // was ended for, or wraps ErrLost. It may be called more than once.
 func (s *Session) Wait() (int, error) {
-	select {
-	case <-s.ended:
-		s.wg.Wait()
-	case <-s.failed: // then a dead network must not hold us
-		t := time.NewTimer(lingerFor)
-		defer t.Stop()
-		select {
-		case <-s.ended:
-		case <-t.C:
-		}
-	}
+	s.await(s.settled)
 	s.stop()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -170,6 +165,23 @@ func (s *Session) Wait() (int, error) {
 		return 0, fmt.Errorf("the command was killed by signal %s", s.signal)
 	}
 	return 0, s.c.lost("wait for the command", io.EOF)
+}
+
+// await waits for done. Once we have ended the session it waits a second at most: a
+// dead network must not hold up who wants to leave.
+func (s *Session) await(done <-chan struct{}) {
+	select {
+	case <-done:
+		return
+	case <-s.failed:
+	}
+	t := time.NewTimer(lingerFor)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+		s.once.Do(func() { close(s.gone) })
+	}
 }
 
 // lost dresses up err: nearly always the connection has ended and knows more.
@@ -195,8 +207,8 @@ type stdin struct{ ch ssh.Channel }
 func (s stdin) Write(p []byte) (int, error) { return s.ch.Write(p) }
 func (s stdin) Close() error                { return s.ch.CloseWrite() }
 
-// output is a reading half of a channel. Once we have left, nothing more comes out of
-// it: nobody expects it any more.
+// output is a reading half of a channel. Once nobody waits for it, nothing more comes
+// out of it: the writer behind it may not exist any more.
 type output struct {
 	s *Session
 	r io.Reader
@@ -205,7 +217,7 @@ type output struct {
 func (o output) Read(p []byte) (int, error) {
 	n, err := o.r.Read(p)
 	select {
-	case <-o.s.failed:
+	case <-o.s.gone:
 		return 0, io.EOF
 	default:
 		return n, err
