@@ -123,7 +123,7 @@ func newBox(t *testing.T, grace time.Duration, wrap ...string) *box {
 	}
 	argv := append(wrap, os.Getenv(exeVar))
 	b.cmd = exec.Command(argv[0], argv[1:]...)
-	b.cmd.Env = append(os.Environ(), roleVar+"=shim", "GRACE="+grace.String(), "SRC="+b.src, "BUILD="+b.build)
+	b.cmd.Env = append(os.Environ(), roleVar+"=shim", "GORACE=atexit_sleep_ms=0", "GRACE="+grace.String(), "SRC="+b.src, "BUILD="+b.build)
 	b.cmd.Stderr = &b.stderr
 	inR, inW, err := os.Pipe()
 	if err != nil {
