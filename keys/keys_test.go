@@ -310,7 +310,7 @@ func TestPassphrase(t *testing.T) {
 	for _, c := range []struct {
 		answers []string
 		ok      bool
-	}{{[]string{"open"}, true}, {[]string{"no", "no", "open"}, true}, {[]string{"no", "no", "no", "open"}, false}} {
+	}{{[]string{"no", "open"}, true}, {[]string{"no", "no", "no", "open"}, false}} {
 		n := 0
 		_, err := LoadSigner(path, func(string) ([]byte, error) { n++; return []byte(c.answers[n-1]), nil })
 		if (err == nil) != c.ok {

@@ -22,9 +22,7 @@ type Session struct {
 	stop    func() bool // ctx no longer ends the session
 	wg      sync.WaitGroup
 	settled chan struct{} // closed when the server has closed the channel and stderr is written
-	failed  chan struct{} // closed when we have ended the session early
-	gone    chan struct{} // closed when nobody waits for what may still come
-	once    sync.Once     // closes gone
+	gone    chan struct{} // closed a second after we ended the session early
 
 	mu     sync.Mutex // protects the following
 	status *uint32    // what the command exited with
@@ -43,7 +41,7 @@ func (c *Client) Start(ctx context.Context, command string, stderr io.Writer) (*
 	if err != nil {
 		return nil, c.lost("open a session", err)
 	}
-	s := &Session{Stdin: stdin{ch}, c: c, ch: ch, settled: make(chan struct{}), failed: make(chan struct{}), gone: make(chan struct{})}
+	s := &Session{Stdin: stdin{ch}, c: c, ch: ch, settled: make(chan struct{}), gone: make(chan struct{})}
 	s.Stdout = output{s, ch}
 	s.wg.Go(func() { s.answer(reqs) })
 	s.stop = context.AfterFunc(ctx, func() { s.fail(context.Cause(ctx)) })
@@ -141,7 +139,7 @@ func (s *Session) fail(err error) {
 	}
 	s.cause = err
 	s.mu.Unlock()
-	close(s.failed)
+	time.AfterFunc(lingerFor, func() { close(s.gone) })
 	s.c.leave() // before the close, or raid's question could come first
 	s.ch.Close()
 }
@@ -172,15 +170,7 @@ func (s *Session) Wait() (int, error) {
 func (s *Session) await(done <-chan struct{}) {
 	select {
 	case <-done:
-		return
-	case <-s.failed:
-	}
-	t := time.NewTimer(lingerFor)
-	defer t.Stop()
-	select {
-	case <-done:
-	case <-t.C:
-		s.once.Do(func() { close(s.gone) })
+	case <-s.gone:
 	}
 }
 
