@@ -43,6 +43,7 @@ const (
 	bulkSends  = 8 // at a time, of pipeline entries each: bounds memory
 	eventsKept = 1024
 	opTimeout  = time.Second
+	regain     = time.Second // before a stream that vanished is written again
 	maxBackoff = 30 * time.Second
 )
 
@@ -63,7 +64,7 @@ type Mirror struct {
 	MirrorOptions
 	spools *Spools
 	client *redis.Client
-	bulk   chan struct{} // holds a token for each bulk send under way
+	bulk   chan []byte // buffers for sends of many entries: that many may be under way
 
 	mu      sync.Mutex // guards the following
 	watched map[int64]*watch
@@ -112,11 +113,14 @@ func NewMirror(o MirrorOptions, s *Spools) (*Mirror, error) {
 		MirrorOptions: o,
 		spools:        s,
 		client:        redis.NewClient(opt),
-		bulk:          make(chan struct{}, bulkSends),
+		bulk:          make(chan []byte, bulkSends),
 		watched:       map[int64]*watch{},
 		news:          make(chan struct{}),
 		up:            make(chan struct{}),
 		down:          make(chan struct{}),
+	}
+	for range bulkSends {
+		m.bulk <- nil // made when first used
 	}
 	close(m.down) // until the first probe
 	s.setBegun(m.begun)
@@ -424,6 +428,11 @@ func (m *Mirror) mirror(ctx context.Context, w *watch) {
 		switch {
 		case err == nil || ctx.Err() != nil:
 			return
+		case errors.Is(err, redis.Nil):
+			// The stream was there and is not: expired, evicted, or Redis began anew.
+			// It is written again, but not as fast as Redis may throw it away.
+			pause(ctx, regain)
+			continue
 		case errors.Is(err, errOutput) || !trouble(err):
 			m.Logf("mirror: the rest of job %d is not mirrored: %v", w.id, err)
 			return
@@ -444,7 +453,7 @@ func (m *Mirror) copy(ctx context.Context, w *watch, f *Follower) error {
 		return err
 	}
 	f.Skip(off)
-	b := batch{end: off}
+	b := batch{end: off, exists: off > 0}
 	for {
 		err := m.flush(ctx, key, f, &b)
 		if err == io.EOF {
@@ -458,7 +467,7 @@ func (m *Mirror) copy(ctx context.Context, w *watch, f *Follower) error {
 		return ctx.Err()
 	}
 	return m.send(ctx, func(p redis.Pipeliner) {
-		p.XAdd(ctx, &redis.XAddArgs{Stream: key, ID: fmt.Sprintf("%d-1", b.end), Values: []any{"s", "end", "d", w.end}})
+		p.XAdd(ctx, &redis.XAddArgs{Stream: key, NoMkStream: b.exists, ID: fmt.Sprintf("%d-1", b.end), Values: []any{"s", "end", "d", w.end}})
 		p.Expire(ctx, key, m.Keep)
 	})
 }
@@ -500,8 +509,10 @@ func (m *Mirror) flush(ctx context.Context, key string, f *Follower, b *batch) e
 	}
 	if err == nil {
 		select {
-		case m.bulk <- struct{}{}:
-			defer func() { <-m.bulk }()
+		case buf := <-m.bulk:
+			own := b.data
+			b.data = append(buf[:0], own...)
+			defer func() { m.bulk <- b.data; b.data = own }()
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -514,6 +525,7 @@ func (m *Mirror) flush(ctx context.Context, key string, f *Follower, b *batch) e
 	if err := m.send(ctx, func(p redis.Pipeliner) { m.commands(ctx, p, key, b) }); err != nil {
 		return err
 	}
+	b.exists = true
 	m.worked()
 	return nil
 }
@@ -538,9 +550,12 @@ func (m *Mirror) catchUp(f *Follower, b *batch) {
 	b.put("raid", fmt.Appendf(nil, "%d bytes of log were not mirrored\n", skip), b.end)
 }
 
+// commands adds the entries, but not to a stream that vanished: that would have only the
+// rest.
 func (m *Mirror) commands(ctx context.Context, p redis.Pipeliner, key string, b *batch) {
-	for _, e := range b.entries {
+	for i, e := range b.entries {
 		a := &redis.XAddArgs{Stream: key, ID: fmt.Sprintf("%d-0", e.end), Values: []any{"s", e.s, "d", b.data[e.from:e.to]}}
+		a.NoMkStream = b.exists || i > 0
 		if e.end > m.PerJob {
 			a.MinID, a.Approx = strconv.FormatInt(e.end-m.PerJob, 10), true
 		}
@@ -554,6 +569,7 @@ type batch struct {
 	entries []entry
 	data    []byte    // of all entries
 	end     int64     // offset after all that was added, mirrored or not
+	exists  bool      // the stream does
 	sent    time.Time // when the last one was
 }
 
@@ -563,12 +579,7 @@ type entry struct {
 	end      int64
 }
 
-func (b *batch) reset() {
-	if cap(b.data) > 2*entrySize {
-		b.data = nil // it was bulk; a job that prints little keeps little
-	}
-	b.entries, b.data = b.entries[:0], b.data[:0]
-}
+func (b *batch) reset() { b.entries, b.data = b.entries[:0], b.data[:0] }
 
 func (b *batch) size() int { return len(b.data) }
 

@@ -83,22 +83,29 @@ func (s *server) url() string { return "redis://" + s.addr }
 // last waits for the entry that ends a job's stream, and returns all entries.
 func (s *server) last(id int64) []redis.XMessage {
 	s.t.Helper()
+	s.end(id, 0)
+	all, err := s.db.XRange(s.t.Context(), fmt.Sprint(logKey, id), "-", "+").Result()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return all
+}
+
+// end waits for that entry, which comes after the offset at.
+func (s *server) end(id, at int64) {
+	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), 30*time.Second)
 	defer cancel()
-	key, at := fmt.Sprint(logKey, id), "0"
+	key, from := fmt.Sprint(logKey, id), fmt.Sprint(at)
 	for {
-		got, err := s.db.XRead(ctx, &redis.XReadArgs{Streams: []string{key, at}, Block: 30 * time.Second}).Result()
+		got, err := s.db.XRead(ctx, &redis.XReadArgs{Streams: []string{key, from}, Block: 30 * time.Second}).Result()
 		if err != nil {
 			s.t.Fatalf("waiting for the end of %s: %v", key, err)
 		}
 		for _, e := range got[0].Messages {
-			at = e.ID
+			from = e.ID
 			if e.Values["s"] == "end" {
-				all, err := s.db.XRange(ctx, key, "-", "+").Result()
-				if err != nil {
-					s.t.Fatal(err)
-				}
-				return all
+				return
 			}
 		}
 	}
@@ -475,25 +482,53 @@ func TestMirrorManyQueued(t *testing.T) {
 	}
 }
 
+// A stream that vanished while its job runs is written again, from the start.
+func TestMirrorStreamVanishes(t *testing.T) {
+	r := startRedis(t)
+	s := spools(t, t.TempDir())
+	m, _, _ := runMirror(t, s, MirrorOptions{URL: r.url()})
+	m.Watch(1)
+	l := attemptOf(t, s, 1, 1)
+	for _, text := range []string{"a", "b"} {
+		before := l.Size()
+		say(t, l, job.Out, text)
+		_, err := r.db.XRead(t.Context(), &redis.XReadArgs{Streams: []string{"rai:log:1", fmt.Sprint(before)}, Block: 20 * time.Second}).Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := brief(r.db.XRange(t.Context(), "rai:log:1", "-", "+").Val()); got[0] != "6-0 out a" && got[0] != "12-0 out ab" {
+			t.Errorf("after %q the stream is %q", text, got)
+		}
+		if err := r.db.Del(t.Context(), "rai:log:1").Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.Event(job.Job{ID: 1, State: job.Succeeded})
+	finish(t, s, 1)
+	if got := brief(r.last(1)); len(got) != 2 || got[0] != "12-0 out ab" {
+		t.Errorf("the stream is %q", got)
+	}
+}
+
 func BenchmarkMirror(b *testing.B) {
+	const size = 64 << 20
 	r := startRedis(b)
 	s := spools(b, b.TempDir())
-	m, _, _ := runMirror(b, s, MirrorOptions{URL: r.url(), PerJob: 64 << 20})
+	m, _, _ := runMirror(b, s, MirrorOptions{URL: r.url(), PerJob: 16 << 20})
 	frame := job.AppendFrame(nil, job.Out, make([]byte, 32<<10-job.HeaderLen))
-	b.SetBytes(64 << 20)
+	b.SetBytes(size)
 	id := int64(0)
 	for b.Loop() {
 		id++
 		l := attemptOf(b, s, id, 1)
 		m.Watch(id)
-		for range 2048 {
+		for l.Size() < size {
 			if err := l.Append(frame); err != nil {
 				b.Fatal(err)
 			}
 		}
 		m.Event(job.Job{ID: id, State: job.Succeeded})
 		finish(b, s, id)
-		r.last(id)
-		r.db.Del(context.Background(), fmt.Sprint(logKey, id))
+		r.end(id, l.Size())
 	}
 }

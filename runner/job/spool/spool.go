@@ -43,7 +43,7 @@ var ErrSealed = errors.New("spool: log is sealed")
 const (
 	minSegment  = 4 << 10
 	maxSegment  = 64 << 20
-	maxSegments = 4096    // so that a peer who sends gaps only cannot fill a folder
+	maxSegments = 1024    // so that a peer who sends gaps only cannot fill a folder
 	maxEnd      = 1 << 56 // of logical offsets: sums of a few stay far from overflow
 	gapLen      = job.HeaderLen + 8
 	sealedName  = "sealed"
@@ -53,7 +53,8 @@ const (
 type Options struct {
 	// Limit is how many bytes of frames stay on disk: the first half and the newest
 	// half. A segment that would be a sixteenth of it is never smaller than 4 KiB,
-	// and a single frame is never cut, so it may be exceeded by that much. 0: all.
+	// and a single frame is never cut, so it may be exceeded by that much. 0: all, up
+	// to 64 GiB.
 	Limit int64
 }
 
