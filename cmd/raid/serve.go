@@ -53,6 +53,11 @@ func serveCommand() *cobra.Command {
 	return cmd
 }
 
+// jobsView lets staff ask the database in SQL: SELECT * FROM jobs.
+var jobsView = store.View{Name: "jobs", Tables: []string{queue.TableJob, queue.TablePast},
+	Columns: []string{"id", "state", "reason", "exit", "user", "team", "pool", "kind", "name", "runner", "attempt",
+		"queued_at", "started_at", "finished_at", "queue_wait_ms", "run_ms", "charged_s", "source_sha256"}}
+
 // goodbye is how long sessions have to end when raid is told to stop.
 const goodbye = 5 * time.Second
 
@@ -65,7 +70,7 @@ func serve(ctx context.Context, c config) error {
 	if err != nil {
 		return err
 	}
-	st, err := store.OpenSQLite(ctx, state.dir)
+	st, err := store.OpenSQLite(ctx, state.dir, jobsView)
 	if errors.Is(err, store.ErrLocked) {
 		return hintf(fmt.Errorf("another raid uses %s: %w", state.dir, err), "stop it first, or give this one a folder of its own with --state")
 	}

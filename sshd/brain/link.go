@@ -26,8 +26,11 @@ const callRoom = 64
 // the truth. The error is that of a commit.
 func (b *Brain) Join(ctx context.Context, r queue.Runner, held *job.Lease) (*Link, error) {
 	l := &Link{brain: b, runner: r, held: held, calls: make(chan job.Call, callRoom)}
-	_, err := b.send(ctx, &request{link: l})
-	return l, err
+	if _, err := b.send(ctx, &request{link: l}); err != nil {
+		l.Leave(context.WithoutCancel(ctx)) // the commit failed after the link was made
+		return nil, err
+	}
+	return l, nil
 }
 
 // Calls is what raid says to the runner. It is closed when the link is cut off.
@@ -66,18 +69,17 @@ func (b *Brain) applyLink(now queue.Millis, r *request) error {
 		}
 		b.links[id] = l
 		cmd = queue.Join{Runner: l.runner, Held: l.held}
-	case !current && r.op == linkLeave:
-		return nil
-	case !current || l.deaf:
-		return queue.ErrStale
-	case r.op == linkBeat:
-		l.beat, l.held = r.beat, r.beat.Held
-		cmd = queue.Beat{Runner: id, Held: l.held, Idle: l.beat.Idle, Draining: l.beat.Draining}
-	}
-	if r.op == linkLeave {
+	case r.op == linkLeave && current:
 		l.cut()
 		delete(b.links, id)
 		cmd = queue.Leave{Runner: id}
+	case r.op == linkLeave:
+		return nil
+	case !current || l.deaf:
+		return queue.ErrStale
+	default:
+		l.beat, l.held = r.beat, r.beat.Held
+		cmd = queue.Beat{Runner: id, Held: l.held, Idle: l.beat.Idle, Draining: l.beat.Draining}
 	}
 	_, err := b.core.Apply(now, cmd)
 	return err
