@@ -56,7 +56,7 @@ func (r *Runner) boxFor(ctx context.Context, o job.Offer, warm *warmBox) (box.Bo
 	if s.Image == "" && !s.Network && s.GPUs == len(r.GPUs) {
 		<-warm.done
 		if warm.box != nil && !warm.used {
-			if err := warm.box.Limit(s.Limits); err == nil {
+			if err := warm.box.Limit(withShim(s.Limits)); err == nil {
 				warm.used = true
 				return warm.box, nil
 			}
@@ -65,12 +65,23 @@ func (r *Runner) boxFor(ctx context.Context, o job.Offer, warm *warmBox) (box.Bo
 	return r.startBox(ctx, s.Image, s.Network, s.Limits, s.GPUs)
 }
 
+// shimThreads is what the shim itself needs of a box's processes: it makes its
+// threads in advance, so that a fork bomb cannot keep it from working.
+const shimThreads = 32
+
+func withShim(l job.Limits) job.Limits {
+	if l.Pids > 0 {
+		l.Pids += shimThreads
+	}
+	return l
+}
+
 func (r *Runner) startBox(ctx context.Context, image string, network bool, limits job.Limits, gpus int) (box.Box, error) {
 	b, err := r.Engine.Start(ctx, box.Config{
 		ID:      fmt.Sprintf("b%d", boxNumber.Add(1)),
 		Image:   image,
 		Network: network,
-		Limits:  limits,
+		Limits:  withShim(limits),
 		GPUs:    r.GPUs[:min(gpus, len(r.GPUs))],
 	})
 	if err != nil {

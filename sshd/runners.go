@@ -15,6 +15,7 @@ import (
 	"github.com/rai-project/raid/runner/job/tree"
 	"github.com/rai-project/raid/sshd/blob"
 	"github.com/rai-project/raid/sshd/queue"
+	"github.com/rai-project/raid/sshd/stream"
 )
 
 // runRunner is the runners' side of the table. Every command of an attempt is
@@ -126,7 +127,7 @@ func (c *call) lease() (job.Lease, job.Record, error) {
 }
 
 // errStale ends a session of a runner that has lost its lease.
-var errStale = &failure{code: job.ExitRefused, text: "stale fence"}
+var errStale error = &failure{code: job.ExitRefused, text: "stale fence"}
 
 // runRunnerSource sends the checked tar of a leased job.
 func runRunnerSource(_ context.Context, c *call) (int, error) {
@@ -162,25 +163,12 @@ func runAttempt(ctx context.Context, c *call) (int, error) {
 		return 0, err
 	}
 	r := &reception{call: c, lease: l}
-	if r.log, err = c.s.spools.Attempt(l.Job, rec.Attempt, rec.Spec.Limits.Output); err != nil {
-		return 0, err
-	}
-	if r.archive, err = os.OpenFile(c.s.incoming(l), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600); err != nil {
-		return 0, err
-	}
-	defer r.archive.Close()
-	had, err := r.archive.Seek(0, io.SeekEnd)
-	if err != nil {
-		return 0, err
-	}
-	if _, err := fmt.Fprintf(c, "have %d\n", r.log.Size()+had); err != nil {
-		return 0, err
-	}
-	res, err := r.frames()
+	err = r.open(&rec)
 	if err == nil {
-		err = r.finish(ctx, res)
+		defer r.archive.Close()
+		err = r.take(ctx)
 	}
-	if errors.Is(err, errStale) || errors.Is(err, queue.ErrStale) {
+	if r.superseded(err) {
 		io.WriteString(c, "stale\n")
 		os.Remove(c.s.incoming(l))
 		return 0, errStale
@@ -190,6 +178,45 @@ func runAttempt(ctx context.Context, c *call) (int, error) {
 	}
 	_, err = io.WriteString(c, "done\n")
 	return 0, err
+}
+
+// superseded reports whether err means that another attempt owns the job.
+func (r *reception) superseded(err error) bool {
+	if errors.Is(err, errStale) || errors.Is(err, queue.ErrStale) || errors.Is(err, stream.ErrOver) {
+		return true
+	}
+	_, ok := r.s.brain.Holds(r.Who.Fingerprint, r.lease)
+	return err != nil && !ok
+}
+
+// open finds what is already here of the attempt.
+func (r *reception) open(rec *job.Record) (err error) {
+	if r.log, err = r.s.spools.Attempt(rec.ID, rec.Attempt, rec.Spec.Limits.Output); err != nil {
+		return err
+	}
+	r.archive, err = os.OpenFile(r.s.incoming(r.lease), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
+	return err
+}
+
+// take says what is here, receives the rest and commits the result.
+func (r *reception) take(ctx context.Context) error {
+	if !r.log.Sealed() { // a power cut may have cost the log more than the archive
+		if err := r.archive.Truncate(0); err != nil {
+			return err
+		}
+	}
+	had, err := r.archive.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintf(r, "have %d\n", r.log.Size()+had); err != nil {
+		return err
+	}
+	res, err := r.frames()
+	if err != nil {
+		return err
+	}
+	return r.finish(ctx, res)
 }
 
 // ackEvery is how many bytes are taken between two acknowledgements.

@@ -198,7 +198,7 @@ func (s *Server) Enrol(ctx context.Context, e keys.Enrollment, by string, loopba
 	if err != nil {
 		return u, k, err
 	}
-	k.LoopbackOnly = loopbackOnly
+	k.LoopbackOnly = k.LoopbackOnly || loopbackOnly // enrolling again lifts nothing
 	if err := s.brain.Put(ctx, []queue.Write{row(tableUser, u.Name, u), row(tableKey, k.Fingerprint, k)}); err != nil {
 		return u, k, err
 	}

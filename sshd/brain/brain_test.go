@@ -171,7 +171,7 @@ func TestDeafRunner(t *testing.T) {
 func TestStoreFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		memory := store.NewMemory()
-		plan := []store.Failure{store.Works, store.Unavailable, store.AmbiguousApplied, store.AmbiguousLost}
+		plan := []store.Failure{store.Works, store.Unavailable, store.AmbiguousApplied, store.AmbiguousLost, store.Works}
 		commits := 0
 		b := start(t, store.Fault(memory, func(c store.Call) store.Failure {
 			if c.Op != store.OpCommit {

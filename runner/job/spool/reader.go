@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	piece = 32 << 10  // largest Chunk of out or err; x/crypto sends packets of this size
-	small = 4 << 10   // buffer of a reader that trails live output
+	piece = 32 << 10 // largest Chunk of out or err; x/crypto sends packets of this size
+	small = 4 << 10  // buffer of a reader that trails live output
 	bulk  = 64 << 10 // buffer of a reader with a lot to catch up on
 )
 
