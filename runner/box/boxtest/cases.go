@@ -232,19 +232,31 @@ func testEndOfInput(t *testing.T, s *suite) {
 	idle.finish(t)
 }
 
+// testCancelled gives up on starts at any moment of them.
 func testCancelled(t *testing.T, s *suite) {
 	why := errors.New("changed my mind")
-	ctx, cancel := context.WithCancelCause(t.Context())
-	cancel(why)
-	name := "c-" + strings.ToLower(rand.Text())
-	b, err := s.e.Start(ctx, box.Config{ID: name, Limits: limits})
-	if !errors.Is(err, why) {
-		t.Errorf("Start with a cancelled context: %v, want %v", err, why)
+	for i := range 20 {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		name := "c-" + strings.ToLower(rand.Text())
+		timer := time.AfterFunc(time.Duration(i)*time.Millisecond/2, func() { cancel(why) })
+		if i == 0 {
+			cancel(why)
+		}
+		b, err := s.e.Start(ctx, box.Config{ID: name, Limits: limits})
+		timer.Stop()
+		switch {
+		case err == nil && i > 0: // it was faster
+			if err := b.Close(); err != nil {
+				t.Errorf("Close: %v", err)
+			}
+		case !errors.Is(err, why):
+			t.Errorf("Start with a cancelled context: %v, want %v", err, why)
+		case b != nil:
+			t.Errorf("Start gave a box and %v", err)
+		}
+		cancel(nil)
+		wantNoTraces(t, name)
 	}
-	if b != nil {
-		t.Errorf("Start gave a box and %v", err)
-	}
-	wantNoTraces(t, name)
 }
 
 func testSameID(t *testing.T, s *suite) {

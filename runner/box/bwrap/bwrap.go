@@ -383,6 +383,7 @@ func (e *Engine) Sweep(ctx context.Context) error {
 			errs = append(errs, g.drain(), g.remove())
 		}
 	}
+	e.killOrphans()
 	for _, name := range folders(e.boxes()) {
 		if err := ctx.Err(); err != nil {
 			return errors.Join(append(errs, context.Cause(ctx))...)
@@ -396,6 +397,42 @@ func (e *Engine) Sweep(ctx context.Context) error {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	return nil
+}
+
+// killOrphans kills what no cgroup holds and no parent's death reaches: a bwrap whose
+// runner died between its fork and its prctl. Its arguments name the box's folder.
+func (e *Engine) killOrphans() {
+	uid := e.uid
+	if uid < 0 {
+		uid = os.Geteuid()
+	}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		var s unix.Stat_t
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil || unix.Stat(dir, &s) != nil || int(s.Uid) != uid {
+			continue
+		}
+		b, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
+		if name, ok := boxOf(string(b), e.bwrap, e.boxes()); ok && !e.open[name] {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}
+
+// boxOf returns the box that a bwrap with this command line is for.
+func boxOf(cmdline, bwrap, boxes string) (name string, ok bool) {
+	args := strings.Split(cmdline, "\x00")
+	if args[0] != bwrap {
+		return "", false
+	}
+	for _, a := range args {
+		if rest, found := strings.CutPrefix(a, boxes+"/"); found {
+			name, _, _ = strings.Cut(rest, "/")
+			return name, true
+		}
+	}
+	return "", false
 }
 
 // unmountBelow unmounts what a runner that died while it started a box left there.

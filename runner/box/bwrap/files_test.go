@@ -254,3 +254,19 @@ func TestFilter(t *testing.T) {
 		}
 	}
 }
+
+func TestBoxOf(t *testing.T) {
+	for _, c := range []struct {
+		cmdline, want string
+		ok            bool
+	}{
+		{"/usr/bin/bwrap\x00--bind\x00/run/boxes/b1/disk/src\x00/src\x00", "b1", true},
+		{"/usr/bin/bwrap\x00--bind\x00/run/boxes2/b1/disk/src\x00", "", false},
+		{"/bin/vi\x00/run/boxes/b1/disk/src\x00", "", false},
+		{"", "", false},
+	} {
+		if got, ok := boxOf(c.cmdline, "/usr/bin/bwrap", "/run/boxes"); got != c.want || ok != c.ok {
+			t.Errorf("boxOf(%q) = %q, %v, want %q, %v", c.cmdline, got, ok, c.want, c.ok)
+		}
+	}
+}

@@ -239,10 +239,8 @@ func (b *sandbox) handshake(ctx context.Context, w *wires) error {
 	for _, f := range w.theirs {
 		f.Close()
 	}
-	defer context.AfterFunc(ctx, func() {
-		w.info.SetReadDeadline(time.Unix(1, 0))
-		w.gate.SetReadDeadline(time.Unix(1, 0))
-	})()
+	// Not even ctx cuts this short: killed before, bwrap would leave a child that waits
+	// for it for ever and that nobody knows. It writes before its first mount, or ends.
 	var info struct {
 		Child int `json:"child-pid"`
 	}
@@ -252,6 +250,7 @@ func (b *sandbox) handshake(ctx context.Context, w *wires) error {
 	if err := b.adopt(info.Child); err != nil {
 		return b.failed(ctx, err)
 	}
+	defer context.AfterFunc(ctx, func() { w.gate.SetReadDeadline(time.Unix(1, 0)) })()
 	c, err := w.gate.SyscallConn()
 	if err != nil {
 		return err
