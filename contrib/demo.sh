@@ -30,7 +30,7 @@ say "rai-keygen --server rai@$addr -i DIR/admin -u ada -e ada@example.edu -r stu
 bin/rai-keygen --server "rai@$addr" -i "$dir/state/admin" -u ada -e ada@example.edu -r student -t team7 --out "$dir/keys"
 
 echo "[$host]:$port $(cut -d' ' -f1,2 "$dir/state/host_key.pub")" >"$dir/known_hosts"
-rai() { ssh -F none -i "$dir/keys/ada" -o IdentitiesOnly=yes -o UserKnownHostsFile="$dir/known_hosts" -p "$port" "rai@$host" "$@"; }
+rai() { ssh -T -F none -i "$dir/keys/ada" -o IdentitiesOnly=yes -o UserKnownHostsFile="$dir/known_hosts" -p "$port" "rai@$host" "$@"; }
 
 say "ssh rai@host"
 rai

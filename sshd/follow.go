@@ -169,7 +169,7 @@ func (f *follower) position(ctx context.Context, rec *job.Record, last int) (int
 	}
 	f.event(event{Event: "position", Position: why.Position})
 	if !f.jsonOut() {
-		f.say("%s", strings.TrimPrefix(why.Words[0], "job "))
+		f.say("%s", why.line())
 		if why.Runners == 0 && last == 0 {
 			for _, line := range why.Words[1:] {
 				f.say("%s", line)

@@ -384,6 +384,14 @@ type reasoning struct {
 	Words    []string `json:"words"`
 }
 
+// line is where a queued job stands, in one line.
+func (why *reasoning) line() string {
+	if why.Ahead == 0 && why.Running == 0 {
+		return "you are next in " + why.Pool
+	}
+	return fmt.Sprintf("%s ahead of you in %s, %d running", count(why.Ahead, "job"), why.Pool, why.Running)
+}
+
 func runWhy(ctx context.Context, c *call) (int, error) {
 	rec, err := c.job(ctx, c.args[0])
 	if err != nil {

@@ -625,8 +625,7 @@ func TestDaemonDoesNotOutliveTheSteps(t *testing.T) {
 			}
 			b.expect(job.File) // the archive begins only when all are gone
 			b.gone()
-			var r report
-			r = b.wait()
+			r := b.wait()
 			if r.Exit != 0 || r.Note != "" {
 				t.Errorf("result %+v; want 0 and an archive that did not change", r.Result)
 			}

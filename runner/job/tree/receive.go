@@ -245,11 +245,14 @@ func (c *checker) walkTar(s, below *source, visit visitor) error {
 	}
 }
 
+// v7Reg is how tars from before POSIX mark a regular file.
+const v7Reg = '\x00'
+
 // fromHeader returns nil for a header that makes nothing.
 func fromHeader(h *tar.Header) (*entry, error) {
 	e := &entry{raw: h.Name, mode: h.Mode & 0o777, mtime: h.ModTime, link: h.Linkname}
 	switch h.Typeflag {
-	case tar.TypeReg, tar.TypeRegA, tar.TypeCont, tar.TypeGNUSparse:
+	case tar.TypeReg, v7Reg, tar.TypeCont, tar.TypeGNUSparse:
 		e.kind, e.size, e.link = isFile, h.Size, ""
 		if strings.HasSuffix(h.Name, "/") { // a folder, as V7 wrote them
 			if h.Size != 0 {

@@ -430,11 +430,11 @@ func readPair(b *bench) error {
 	ctx := context.Background()
 	var loaded []queue.Row
 	if _, err := b.Load(ctx, []string{"t", "u"}, func(r queue.Row) error { loaded = append(loaded, r); return nil }); err != nil {
-		return fmt.Errorf("Load = %w", err)
+		return fmt.Errorf("load: %w", err)
 	}
 	found, err := b.List(ctx, "l", 0, 9)
 	if err != nil {
-		return fmt.Errorf("List = %w", err)
+		return fmt.Errorf("list: %w", err)
 	}
 	for what, rows := range map[string][]queue.Row{"Load": loaded, "List": found} {
 		if len(rows) != 2 || !bytes.Equal(rows[0].Value, rows[1].Value) {
@@ -442,7 +442,7 @@ func readPair(b *bench) error {
 		}
 	}
 	if _, err := b.Get(ctx, "t", "a"); err != nil {
-		return fmt.Errorf("Get = %w", err)
+		return fmt.Errorf("get: %w", err)
 	}
 	return nil
 }
