@@ -115,10 +115,21 @@ var calls = map[string]struct {
 	"socket netfilter": {call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_NETFILTER), "EAFNOSUPPORT"},
 	"socket route":     {call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE), worked},
 	"socket inet":      {call(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM, 0), worked},
-	"socketpair unix":  {call(unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_STREAM, 0, uintptr(unsafe.Pointer(new([2]int32)))), worked},
+	"socketpair unix":  {socketpair, worked},
+}
+
+// The conversions to uintptr stand in the call itself, or the pointers would be stale.
+
+func socketpair() unix.Errno {
+	var fds [2]int32
+	_, _, e := unix.RawSyscall6(unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_STREAM, 0, uintptr(unsafe.Pointer(&fds)), 0, 0)
+	return e
 }
 
 func tiocsti(upper uintptr) func() unix.Errno {
-	c := byte('x')
-	return call(unix.SYS_IOCTL, 0, upper|unix.TIOCSTI, uintptr(unsafe.Pointer(&c)))
+	return func() unix.Errno {
+		c := byte('x')
+		_, _, e := unix.RawSyscall(unix.SYS_IOCTL, 0, upper|unix.TIOCSTI, uintptr(unsafe.Pointer(&c)))
+		return e
+	}
 }
