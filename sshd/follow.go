@@ -31,8 +31,18 @@ type event struct {
 	Data     string    `json:"data,omitempty"`
 	B64      []byte    `json:"b64,omitempty"` // data that is not UTF-8
 	Step     *job.Step `json:"step,omitempty"`
-	Result   any       `json:"result,omitempty"` // done: the job object
 }
+
+// A done is the last event: it carries the whole job object beside its own names.
+type done struct {
+	Event string   `json:"event"`
+	Job   int64    `json:"job"`
+	T     job.Time `json:"t"`
+	object
+}
+
+// object keeps the embedded job's name from hiding the id.
+type object = job.Job
 
 // A follower brings a job's life to one session: where it stands, what it prints,
 // how it ended. It reads the spool at its own pace, so nobody waits for it.
@@ -320,7 +330,7 @@ func (f *follower) finish(ctx context.Context) (int, error) {
 		if rec.Archive != "" {
 			f.event(event{Event: "artifact"})
 		}
-		return *rec.Exit, f.event(event{Event: "done", Result: rec.Job})
+		return *rec.Exit, f.emit(done{"done", rec.ID, job.At(time.Now()), rec.Job})
 	}
 	if rec.Note != "" && rec.Reason != job.ReasonInfra {
 		f.say("%s", clean(rec.Note))

@@ -237,11 +237,7 @@ func (c *call) buildFile(up *upload) (*job.Build, error) {
 		if c.tail != "" {
 			return &job.Build{}, nil
 		}
-		hint := "put one in the top folder, or give a command: ssh … submit -- make\n\n" + job.BuildTemplate
-		if up.Nested != "" {
-			hint = fmt.Sprintf("it is in %s; pack the folder from inside: tar cf - -C %s . | ssh … submit", quote(up.Nested), up.Nested)
-		}
-		return nil, failf(job.ExitInput, hint, "there is no %s in the upload", job.BuildFileName)
+		return nil, c.noBuildFile(up)
 	}
 	b, notes, err := job.ParseBuild(bytes.Clone(up.Wanted))
 	for _, n := range notes {
@@ -250,9 +246,24 @@ func (c *call) buildFile(up *upload) (*job.Build, error) {
 	var bad *job.BuildError
 	if errors.As(err, &bad) {
 		c.block(bad.Render(job.BuildFileName))
-		return nil, failf(job.ExitInput, bad.Hint, "%s was not understood", job.BuildFileName)
+		return nil, failf(job.ExitInput, "", "%s was not understood", job.BuildFileName)
 	}
 	return b, err
+}
+
+// noBuildFile says what to do about it: the commonest mistake is a folder packed
+// from outside.
+func (c *call) noBuildFile(up *upload) error {
+	const missing = "there is no " + job.BuildFileName + " in the upload"
+	switch {
+	case up.Linked:
+		return failf(job.ExitInput, "pack the file itself", "%s is a link", job.BuildFileName)
+	case up.Nested != "":
+		return failf(job.ExitInput, fmt.Sprintf("it is in %s; pack that folder from inside: cd %s; tar cf - . | ssh … submit",
+			quote(up.Nested), clean(up.Nested)), missing)
+	}
+	io.WriteString(c.Stderr(), job.BuildTemplate)
+	return failf(job.ExitInput, "put the above into it, or give a command: ssh … submit -- make", missing)
 }
 
 // block prints several lines, each as raid's own.
