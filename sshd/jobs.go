@@ -335,6 +335,10 @@ func runOutput(ctx context.Context, c *call) (int, error) {
 		return 0, c.send(f)
 	}
 	found, err := tree.Extract(c, f, c.args[1])
+	var no *tree.RefusedError
+	if errors.As(err, &no) {
+		return 0, failf(job.ExitInput, "a path in /build, without /build before it", "refused: %s", no.Error())
+	}
 	if err == nil && !found {
 		err = failf(job.ExitInput, fmt.Sprintf("see what is there: ssh … output %d | tar tf -", rec.ID),
 			"/build of job %d has no %s", rec.ID, quote(c.args[1]))

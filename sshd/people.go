@@ -139,16 +139,9 @@ func (c *call) enroll(ctx context.Context, line []byte) (enrolled, error) {
 	if err := json.Unmarshal(line, &e); err != nil {
 		return enrolled{Error: "not a JSON object: " + err.Error()}, nil
 	}
-	e.User = strings.ToLower(strings.TrimSpace(e.User)) // as the book will: the check below is about that user
-	was, known := c.s.book.User(e.User)
-	will := e.Role
-	if will == "" {
-		will = was.Role
-	}
-	if !c.Who.Role.MayEnroll(was.Role, will) {
-		return enrolled{User: e.User, Error: fmt.Sprintf("%s may not enrol as %s", c.Who.Role, will)}, nil
-	}
-	u, k, err := c.s.Enrol(ctx, e, c.Who.User, false)
+	e.User = strings.ToLower(strings.TrimSpace(e.User)) // as the book will
+	_, known := c.s.book.User(e.User)
+	u, k, err := c.s.enrol(ctx, e, c.Who.User, c.Who.Role, false)
 	var no *keys.RefusedError
 	if errors.As(err, &no) {
 		return enrolled{User: e.User, Error: no.Why, Hint: no.Hint}, nil

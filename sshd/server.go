@@ -12,6 +12,7 @@
 package sshd
 
 import (
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -190,13 +191,24 @@ func (s *Server) authorize(_ context.Context, key ssh.PublicKey, from netip.Addr
 	return keys.Identity{Role: keys.Guest, Fingerprint: ssh.FingerprintSHA256(key)}, nil
 }
 
-// Enrol enters a person or a runner, durably. by is for the log.
+// Enrol enters a person or a runner, durably, by raid's own right. by is for the log.
 func (s *Server) Enrol(ctx context.Context, e keys.Enrollment, by string, loopbackOnly bool) (keys.User, keys.Key, error) {
+	return s.enrol(ctx, e, by, keys.Admin, loopbackOnly)
+}
+
+// enrol is Enrol by somebody of that role. What they may is decided about the user as
+// the book has it and as the book will have it, not about the words of e: Check
+// trims and lowers them, so "Admin" would pass for a role that nobody knows.
+func (s *Server) enrol(ctx context.Context, e keys.Enrollment, by string, role keys.Role, loopbackOnly bool) (keys.User, keys.Key, error) {
 	s.admit.Lock()
 	defer s.admit.Unlock()
 	u, k, err := s.book.Check(e)
 	if err != nil {
 		return u, k, err
+	}
+	was, _ := s.book.User(u.Name)
+	if !role.MayEnroll(was.Role, u.Role) {
+		return u, k, &keys.RefusedError{Why: fmt.Sprintf("%s may not enrol %s", role, cmp.Or(was.Role, u.Role))}
 	}
 	k.LoopbackOnly = k.LoopbackOnly || loopbackOnly // enrolling again lifts nothing
 	if err := s.brain.Put(ctx, []queue.Write{row(tableUser, u.Name, u), row(tableKey, k.Fingerprint, k)}); err != nil {

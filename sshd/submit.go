@@ -284,6 +284,9 @@ func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error
 	if len(rec.Spec.Steps) == 0 {
 		return failf(job.ExitInput, "list them under commands: build:", "%s has no commands to run", job.BuildFileName)
 	}
+	if slices.ContainsFunc(rec.Spec.Steps, func(step string) bool { return strings.ContainsRune(step, 0) }) {
+		return failf(job.ExitInput, "no shell could be told it", "a command to run has a NUL byte in it")
+	}
 	if b.Network && !lim.Network {
 		return failf(job.ExitRefused, "set network: false, or ask staff", "your role may not use the network")
 	}

@@ -121,11 +121,8 @@ func (s *Server) explain(ctx context.Context, d *door.Session, err error) int {
 		s.Log.Error("session", "id", d.ID, "user", d.Who.User, "command", d.Command, "err", err)
 		f = &failure{job.ExitInfra, "something went wrong inside raid", "tell staff the session " + d.ID}
 	}
-	say(d, "%s", f.text)
-	if f.hint != "" {
-		for line := range strings.Lines(f.hint) {
-			say(d, "%s", strings.TrimSuffix(line, "\n"))
-		}
+	for line := range strings.Lines(f.text + "\n" + f.hint) {
+		say(d, "%s", clean(strings.TrimSuffix(line, "\n"))) // words of the caller's are in it
 	}
 	return f.code
 }
