@@ -52,7 +52,7 @@ func (r *Runner) newAttempt(o job.Offer) (*attempt, error) {
 }
 
 func prepareAttempt(dir string, o job.Offer) (*attempt, error) {
-	log, err := spool.Open(filepath.Join(dir, "log"), spool.Options{Limit: o.Spec.Limits.Output})
+	log, err := spool.Open(filepath.Join(dir, "log"), spool.Options{Limit: o.Spec.Limits.Log()})
 	if err != nil {
 		return nil, fmt.Errorf("open the log: %w", err)
 	}

@@ -191,7 +191,7 @@ func (r *reception) superseded(err error) bool {
 
 // open finds what is already here of the attempt.
 func (r *reception) open(rec *job.Record) (err error) {
-	if r.log, err = r.s.spools.Attempt(rec.ID, rec.Attempt, rec.Spec.Limits.Output); err != nil {
+	if r.log, err = r.s.spools.Attempt(rec.ID, rec.Attempt, rec.Spec.Limits.Log()); err != nil {
 		return err
 	}
 	r.archive, err = os.OpenFile(r.s.incoming(r.lease), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)

@@ -195,6 +195,10 @@ type Limits struct {
 	Artifact int64         `json:"artifact,omitempty"` // bytes of /build that come back
 }
 
+// Log returns how many bytes of log hold Output bytes of output: frames have heads,
+// and a job that prints exactly its limit has lost nothing.
+func (l *Limits) Log() int64 { return l.Output + l.Output/64 }
+
 // OutputEnd is how many times Limits.Output a job may print before it is ended.
 const OutputEnd = 16
 
