@@ -12,10 +12,12 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/crypto/ssh"
+
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/keys/profile"
-	"golang.org/x/crypto/ssh"
 )
 
 // A ticket is one enrolment on its way.
@@ -39,13 +41,13 @@ type answer struct {
 func (o *options) enroll(ctx context.Context) error {
 	if o.list != "" {
 		if o.person.User != "" || o.pub != "" {
-			return usage("", "--list stands alone: its rows name the users")
+			return cli.Usagef("", "--list stands alone: its rows name the users")
 		}
 		return o.enrollClass(ctx)
 	}
 	for _, f := range []struct{ name, value string }{{"username", o.person.User}, {"email", o.person.Email}, {"role", o.role}} {
 		if strings.TrimSpace(f.value) == "" {
-			return usage("rai-keygen --help shows an example", "empty %s", f.name)
+			return cli.Usagef("rai-keygen --help shows an example", "empty %s", f.name)
 		}
 	}
 	o.person.Role = keys.Role(o.role)
@@ -131,7 +133,7 @@ func (o *options) enrollRunner(ctx context.Context, name string) error {
 
 // errSaid ends the program after each failure was said on a line of its own.
 func errSaid(n int) error {
-	return &exitError{exitInput, fmt.Errorf("%d could not be enrolled", n), ""}
+	return cli.Fail(cli.Input, fmt.Errorf("%d could not be enrolled", n), "")
 }
 
 // ticket finds or makes the key for e. With pub, the key is that file's.
@@ -295,13 +297,13 @@ func readAnswer(in *bufio.Reader, user string) (answer, error) {
 
 func notAnswered(status, n int) error {
 	if status == 0 {
-		status = exitInput
+		status = cli.Input
 	}
 	hint := ""
-	if status == exitRefused {
+	if status == cli.Refused {
 		hint = "log in with the key of an admin: -i DIR/admin"
 	}
-	return &exitError{status, fmt.Errorf("raid did not take %d of them (status %d)", n, status), hint}
+	return cli.Fail(status, fmt.Errorf("raid did not take %d of them (status %d)", n, status), hint)
 }
 
 func (o *options) sayRefused(t *ticket, a answer) {

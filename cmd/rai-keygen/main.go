@@ -17,46 +17,21 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"strings"
-	"sync"
 	"syscall"
 
+	"github.com/spf13/cobra"
+
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial"
-	"github.com/spf13/cobra"
-	"golang.org/x/term"
 )
 
 // buildTime is set by the linker: -X main.buildTime=2026-11-23T10:00:00Z.
 var buildTime string
-
-// Exit statuses of our own.
-const (
-	exitUsage   = 64
-	exitInput   = 65
-	exitRefused = 126
-	exitConnect = 255 // as ssh's
-)
-
-// An exitError ends the program with a status, a sentence and perhaps a hint.
-type exitError struct {
-	status int
-	err    error
-	hint   string
-}
-
-func (e *exitError) Error() string { return e.err.Error() }
-func (e *exitError) Unwrap() error { return e.err }
-
-func usage(hint, format string, args ...any) error {
-	return &exitError{exitUsage, fmt.Errorf(format, args...), hint}
-}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -67,55 +42,14 @@ func main() {
 
 // run is the program. It prints the error itself.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	stderr = &locked{w: stderr}
+	stderr = cli.Locked(stderr)
 	root := command(stdout, stderr)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return 0
 	}
-	status, hint := verdict(err)
-	fmt.Fprintf(stderr, "rai-keygen: %v\n", err)
-	if hint != "" {
-		fmt.Fprintf(stderr, "rai-keygen: %s\n", hint)
-	}
-	return status
-}
-
-// A locked writer takes whole writes from several goroutines: raid's stderr arrives in
-// one, our own lines come from others.
-type locked struct {
-	mu sync.Mutex
-	w  io.Writer
-}
-
-func (l *locked) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.w.Write(p)
-}
-
-// verdict says what an error means to the shell and to the reader.
-func verdict(err error) (status int, hint string) {
-	var exit *exitError
-	var host *dial.HostKeyError
-	var login *dial.LoginError
-	var refused *keys.RefusedError
-	switch {
-	case errors.As(err, &exit):
-		return exit.status, exit.hint
-	case errors.As(err, &host):
-		return exitConnect, host.Hint() + " (or name a file of such lines: --known-hosts FILE)"
-	case errors.As(err, &login):
-		return exitConnect, "name the key of an admin: -i DIR/admin"
-	case errors.As(err, &refused):
-		return exitInput, refused.Hint
-	case errors.Is(err, dial.ErrConnect):
-		return exitConnect, "is raid running, and is --server right?"
-	case errors.Is(err, dial.ErrLost):
-		return exitConnect, "run the same line again; what was enrolled stays so"
-	}
-	return exitInput, ""
+	return cli.Report(stderr, "rai-keygen", err, cli.Input)
 }
 
 // options are the flags.
@@ -143,7 +77,9 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 	}
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage("rai-keygen --help lists the flags", "%w", err) })
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		return cli.Usagef("rai-keygen --help lists the flags", "%w", err)
+	})
 	f := root.Flags()
 	f.StringVarP(&o.person.User, "username", "u", "", "name of the user")
 	f.StringVarP(&o.person.Email, "email", "e", "", "e-mail address")
@@ -172,42 +108,27 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 		},
 		&cobra.Command{
 			Use: "version", Short: "Prints the version", Args: noArgs,
-			Run: func(*cobra.Command, []string) { fmt.Fprintln(stdout, "rai-keygen", version()) },
+			Run: func(*cobra.Command, []string) { fmt.Fprintln(stdout, "rai-keygen", cli.Built(buildTime)) },
 		},
 		&cobra.Command{
 			Use: "buildtime", Short: "Prints when this program was built", Args: noArgs,
-			Run: func(*cobra.Command, []string) { fmt.Fprintln(stdout, "BuildDate:", buildTime) },
+			Run: func(*cobra.Command, []string) { fmt.Fprintln(stdout, "BuildDate:", cli.Built(buildTime).Time) },
 		})
 	return root
 }
 
 func noArgs(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return usage("rai-keygen --help", "unexpected %q", args[0])
+		return cli.Usagef("rai-keygen --help", "unexpected %q", args[0])
 	}
 	return nil
 }
 
 func oneArg(_ *cobra.Command, args []string) error {
 	if len(args) != 1 {
-		return usage("rai-keygen runner gpu1", "runner needs one name")
+		return cli.Usagef("rai-keygen runner gpu1", "runner needs one name")
 	}
 	return nil
-}
-
-// version is what the Go tool wrote into the binary.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && !strings.Contains(v, s.Value[:min(12, len(s.Value))]) {
-			v += " " + s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return v + " " + info.GoVersion
 }
 
 // connect logs in to raid.
@@ -216,16 +137,16 @@ func (o *options) connect(ctx context.Context) (*dial.Client, dial.Target, error
 		fmt.Fprintln(o.stderr, "rai-keygen: --secret has no meaning any more; people are known by their SSH keys")
 	}
 	if o.server == "" {
-		return nil, dial.Target{}, usage("--server rai@host:2222", "no server named")
+		return nil, dial.Target{}, cli.Usagef("--server rai@host:2222", "no server named")
 	}
 	t, err := dial.Parse(o.server)
 	if err != nil {
-		return nil, t, usage("", "%w", err)
+		return nil, t, cli.Usagef("", "%w", err)
 	}
 	if err := t.Trust(o.known, o.identity); err != nil {
 		return nil, t, err
 	}
-	if err := t.Identify(o.identity, askPassphrase); err != nil {
+	if err := t.Identify(o.identity, cli.AskPassphrase); err != nil {
 		return nil, t, err
 	}
 	c, err := dial.Dial(ctx, t)
@@ -233,15 +154,4 @@ func (o *options) connect(ctx context.Context) (*dial.Client, dial.Target, error
 		fmt.Fprintf(o.stderr, "rai-keygen: connected to %s (%s)\n", t.Addr, c.ServerVersion())
 	}
 	return c, t, err
-}
-
-// askPassphrase asks the person at the terminal.
-func askPassphrase(path string) ([]byte, error) {
-	fd := int(os.Stdin.Fd())
-	if !term.IsTerminal(fd) {
-		return nil, errors.New("there is no terminal to ask at; load the key into ssh-agent")
-	}
-	fmt.Fprintf(os.Stderr, "Passphrase of %s: ", path)
-	defer fmt.Fprintln(os.Stderr)
-	return term.ReadPassword(fd)
 }

@@ -14,10 +14,11 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/crypto/ssh"
+
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial/dialtest"
 	"github.com/rai-project/raid/keys/profile"
-	"golang.org/x/crypto/ssh"
 )
 
 func TestReadClass(t *testing.T) {

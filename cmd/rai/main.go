@@ -24,55 +24,32 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 
-	"github.com/rai-project/raid/keys"
-	"github.com/rai-project/raid/keys/dial"
-	"github.com/rai-project/raid/keys/profile"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"github.com/rai-project/raid/cmd/internal/cli"
+	"github.com/rai-project/raid/keys/dial"
+	"github.com/rai-project/raid/keys/profile"
 )
 
 // buildTime is set by the linker: -X main.buildTime=2026-11-23T10:00:00Z.
 var buildTime string
 
-// Exit statuses of our own.
-const (
-	exitUsage       = 64
-	exitInput       = 65
-	exitInterrupted = 130 // 128 + SIGINT
-	exitConnect     = 255 // as ssh's
-)
-
 // errInterrupted is the cause of a context that a signal ended.
 var errInterrupted = errors.New("interrupted")
-
-// An exitError ends the program with a status, a sentence and perhaps a hint.
-type exitError struct {
-	status int
-	err    error
-	hint   string
-}
-
-func (e *exitError) Error() string { return e.err.Error() }
-func (e *exitError) Unwrap() error { return e.err }
 
 // errStatus ends the program with a job's or raid's status; all is said.
 type errStatus int
 
 func (e errStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
-func usage(hint, format string, args ...any) error {
-	return &exitError{exitUsage, fmt.Errorf(format, args...), hint}
-}
-
 func main() {
 	ctx, stop := interruptible()
-	a := &app{in: os.Stdin, out: os.Stdout, err: &locked{w: os.Stderr}, tty: isTerminal(os.Stderr)}
+	a := &app{in: os.Stdin, out: os.Stdout, err: cli.Locked(os.Stderr), tty: isTerminal(os.Stderr)}
 	status := a.run(ctx, os.Args[1:])
 	stop()
 	os.Exit(status)
@@ -90,7 +67,7 @@ func interruptible() (context.Context, func()) {
 	go func() {
 		for range ch {
 			if ctx.Err() != nil {
-				os.Exit(exitInterrupted)
+				os.Exit(cli.Interrupted)
 			}
 			cancel(errInterrupted)
 		}
@@ -142,42 +119,18 @@ func (a *app) run(ctx context.Context, args []string) int {
 	return code
 }
 
-// A locked writer takes whole writes from several goroutines: raid's stderr arrives in
-// one, our own lines come from others.
-type locked struct {
-	mu sync.Mutex
-	w  io.Writer
-}
-
-func (l *locked) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.w.Write(p)
-}
-
-// verdict says what an error means to the shell and to the reader.
+// verdict is cli.Verdict with what only rai knows.
 func verdict(err error) (status int, hint string) {
-	var exit *exitError
-	var host *dial.HostKeyError
 	var login *dial.LoginError
-	var refused *keys.RefusedError
 	switch {
-	case errors.As(err, &exit):
-		return exit.status, exit.hint
 	case errors.Is(err, errInterrupted):
-		return exitInterrupted, ""
-	case errors.As(err, &host):
-		return exitConnect, host.Hint()
+		return cli.Interrupted, ""
 	case errors.As(err, &login):
-		return exitConnect, "name your key: -i FILE, or key: in ~/.rai_profile; the staff enrol keys"
-	case errors.As(err, &refused):
-		return exitInput, refused.Hint
+		return cli.Connect, "name your key: -i FILE, or key: in ~/.rai_profile; the staff enrol keys"
 	case errors.Is(err, dial.ErrConnect):
-		return exitConnect, "is the server right (--server, or server: in the profile), and are you on the campus network?"
-	case errors.Is(err, dial.ErrLost):
-		return exitConnect, ""
+		return cli.Connect, "is the server right (--server, or server: in the profile), and are you on the campus network?"
 	}
-	return exitInput, ""
+	return cli.Verdict(err, cli.Input)
 }
 
 // say prints one line of our own.
@@ -229,7 +182,7 @@ func (a *app) command() *cobra.Command {
 		TraverseChildren: true, // our flags come before the command, raid's after it
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usage("rai --help lists the commands; to submit a folder: rai -p DIR; to run a command: rai -- CMD", "unknown command %q", args[0])
+				return cli.Usagef("rai --help lists the commands; to submit a folder: rai -p DIR; to run a command: rai -- CMD", "unknown command %q", args[0])
 			}
 			return nil
 		},
@@ -239,7 +192,7 @@ func (a *app) command() *cobra.Command {
 	}
 	root.SetOut(a.out)
 	root.SetErr(a.err)
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage("rai --help lists the flags", "%w", err) })
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cli.Usagef("rai --help lists the flags", "%w", err) })
 	a.flags(root)
 	for _, p := range passed {
 		name, _, _ := strings.Cut(p.use, " ")
@@ -250,9 +203,9 @@ func (a *app) command() *cobra.Command {
 	}
 	root.AddCommand(
 		&cobra.Command{Use: "version", Short: "prints the version", Args: cobra.NoArgs,
-			Run: func(*cobra.Command, []string) { fmt.Fprintln(a.out, "rai", version()) }},
+			Run: func(*cobra.Command, []string) { fmt.Fprintln(a.out, "rai", cli.Built(buildTime)) }},
 		&cobra.Command{Use: "buildtime", Short: "prints when this program was built", Args: cobra.NoArgs,
-			Run: func(*cobra.Command, []string) { fmt.Fprintln(a.out, "BuildDate:", buildTime) }})
+			Run: func(*cobra.Command, []string) { fmt.Fprintln(a.out, "BuildDate:", cli.Built(buildTime).Time) }})
 	return root
 }
 
@@ -282,21 +235,6 @@ func (a *app) flags(root *cobra.Command) {
 	f.Lookup("secret").Hidden = true // RAI's; scripts still pass it
 }
 
-// version is what the Go tool wrote into the binary.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && !strings.Contains(v, s.Value[:min(12, len(s.Value))]) {
-			v += " " + s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return v + " " + info.GoVersion
-}
-
 // connect logs in to raid as flags, environment and profile say, in that order.
 func (a *app) connect(ctx context.Context) (*dial.Client, error) {
 	p, err := a.readProfile()
@@ -308,11 +246,11 @@ func (a *app) connect(ctx context.Context) (*dial.Client, error) {
 		server = p.Server
 	}
 	if server == "" {
-		return nil, usage("name it with --server rai@host:2222, RAI_SERVER, or server: in ~/.rai_profile", "no server named")
+		return nil, cli.Usagef("name it with --server rai@host:2222, RAI_SERVER, or server: in ~/.rai_profile", "no server named")
 	}
 	t, err := dial.Parse(server)
 	if err != nil {
-		return nil, usage("", "%w", err)
+		return nil, cli.Usagef("", "%w", err)
 	}
 	// The profile's host key is that of the profile's server and of no other.
 	if own, err := dial.Parse(p.Server); p.HostKey != "" && a.known == "" && err == nil && own.Addr == t.Addr {
@@ -324,7 +262,7 @@ func (a *app) connect(ctx context.Context) (*dial.Client, error) {
 		identity = p.KeyFile()
 	}
 	a.keyFile = identity
-	if err := t.Identify(identity, a.askPassphrase); err != nil {
+	if err := t.Identify(identity, cli.AskPassphrase); err != nil {
 		return nil, err
 	}
 	c, err := dial.Dial(ctx, t)
@@ -353,14 +291,4 @@ func (a *app) readProfile() (*profile.Profile, error) {
 		}
 	}
 	return p, err
-}
-
-// askPassphrase asks the person at the terminal.
-func (a *app) askPassphrase(path string) ([]byte, error) {
-	if !isTerminal(a.in) {
-		return nil, errors.New("there is no terminal to ask at; load the key into ssh-agent")
-	}
-	fmt.Fprintf(a.err, "Passphrase of %s: ", path)
-	defer fmt.Fprintln(a.err)
-	return term.ReadPassword(int(a.in.Fd()))
 }

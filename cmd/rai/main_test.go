@@ -16,10 +16,12 @@ import (
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial/dialtest"
 	"github.com/rai-project/raid/keys/profile"
-	"golang.org/x/crypto/ssh"
 )
 
 func TestQuote(t *testing.T) {
@@ -293,7 +295,7 @@ func (r *fakeRaid) rai(ctx context.Context, t *testing.T, args ...string) (statu
 	}
 	defer null.Close()
 	var out, errs bytes.Buffer
-	a := &app{in: null, out: &out, err: &locked{w: &errs}}
+	a := &app{in: null, out: &out, err: cli.Locked(&errs)}
 	status = a.run(ctx, append([]string{"--profile", r.profile}, args...))
 	return status, out.String(), errs.String()
 }

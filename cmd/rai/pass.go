@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys/dial"
 )
 
@@ -21,7 +22,7 @@ func (a *app) pass(ctx context.Context, name string, args []string) error {
 		args = append(append(args, "--"), a.tail...)
 	}
 	if (name == "output" || name == "source") && isTerminal(a.out) {
-		return usage("send it on: rai "+name+" JOB | tar xf -", "%s writes a tar, which is no sight for a terminal", name)
+		return cli.Usagef("send it on: rai "+name+" JOB | tar xf -", "%s writes a tar, which is no sight for a terminal", name)
 	}
 	if name == "output" && len(args) > 1 {
 		args[1] = filepath.ToSlash(args[1]) // from Windows
@@ -37,7 +38,7 @@ func (a *app) pass(ctx context.Context, name string, args []string) error {
 	}
 	status, err := c.Run(ctx, quote(append([]string{name}, args...)), stdin, a.out, a.err)
 	if errors.Is(err, dial.ErrLost) && name == "attach" {
-		return &exitError{exitConnect, err, "the job goes on; the same line again follows it"}
+		return cli.Fail(cli.Connect, err, "the job goes on; the same line again follows it")
 	}
 	if err != nil {
 		return err
@@ -70,7 +71,7 @@ func (a *app) takeOwn(args []string) (rest []string, err error) {
 		}
 		if !hasValue {
 			if i++; i == len(args) {
-				return nil, usage("", "%s needs a value", name)
+				return nil, cli.Usagef("", "%s needs a value", name)
 			}
 			value = args[i]
 		}

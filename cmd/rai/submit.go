@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/runner/job/tree"
 )
@@ -71,7 +72,7 @@ func (a *app) line() (string, error) {
 		{"-q", a.queue}, {"--as", a.kind}, {"--gpus", a.gpus}, {"--timeout", a.timeout}, {"--name", a.name},
 	} {
 		if strings.Contains(" "+f.value+" ", " -- ") || strings.ContainsAny(f.value, "\n\x00") {
-			return "", usage("", "%s must not contain %q", f.flag, f.value)
+			return "", cli.Usagef("", "%s must not contain %q", f.flag, f.value)
 		}
 		if f.value != "" {
 			words = append(words, f.flag, f.value)
@@ -86,11 +87,11 @@ func (a *app) line() (string, error) {
 	line := quote(words)
 	switch {
 	case a.detach && a.output != "":
-		return "", usage("fetch it later: rai output JOB | tar xf -", "--detach leaves before there is anything to put into --output")
+		return "", cli.Usagef("fetch it later: rai output JOB | tar xf -", "--detach leaves before there is anything to put into --output")
 	case !a.dashed:
 		return line, nil
 	case len(a.tail) == 0:
-		return "", usage("rai -- make test", "no command after --")
+		return "", cli.Usagef("rai -- make test", "no command after --")
 	case len(a.tail) == 1: // 'make && ./a': somebody quoted a shell line
 		return line + " -- " + a.tail[0], nil
 	}
@@ -101,7 +102,7 @@ func (a *app) line() (string, error) {
 func (a *app) checkFolders(chosen bool) error {
 	info, err := os.Stat(a.path)
 	if err != nil || !info.IsDir() {
-		return &exitError{exitInput, fmt.Errorf("the folder %q was not found", a.path), "name one with --path"}
+		return cli.Fail(cli.Input, fmt.Errorf("the folder %q was not found", a.path), "name one with --path")
 	}
 	abs, err := filepath.Abs(a.path)
 	if err != nil {
@@ -109,18 +110,18 @@ func (a *app) checkFolders(chosen bool) error {
 	}
 	home, _ := os.UserHomeDir()
 	if !chosen && (abs == home || abs == filepath.Dir(abs)) {
-		return usage("name the project's folder: rai -p DIR", "%s is no project; all of it would be sent", abs)
+		return cli.Usagef("name the project's folder: rai -p DIR", "%s is no project; all of it would be sent", abs)
 	}
 	if a.build != "" {
 		if info, err := os.Stat(a.build); err != nil || !info.Mode().IsRegular() {
-			return &exitError{exitInput, fmt.Errorf("the build file %q was not found", a.build), ""}
+			return cli.Fail(cli.Input, fmt.Errorf("the build file %q was not found", a.build), "")
 		}
 	}
 	if a.output == "" || a.force {
 		return nil
 	}
 	if entries, err := os.ReadDir(a.output); err == nil && len(entries) > 0 {
-		return usage("--force writes into it", "the output folder %q is not empty", a.output)
+		return cli.Usagef("--force writes into it", "the output folder %q is not empty", a.output)
 	}
 	return nil
 }
@@ -133,11 +134,11 @@ func (a *app) ended(err error, job string) error {
 	}
 	switch {
 	case errors.Is(err, errInterrupted):
-		return &exitError{exitInterrupted, fmt.Errorf("interrupted; %s is cancelled", which), ""}
+		return cli.Fail(cli.Interrupted, fmt.Errorf("interrupted; %s is cancelled", which), "")
 	case errors.Is(err, dial.ErrLost) && job != "":
-		return &exitError{exitConnect, fmt.Errorf("%w; job %s goes on", dial.ErrLost, job), "follow it: rai attach " + job}
+		return cli.Fail(cli.Connect, fmt.Errorf("%w; job %s goes on", dial.ErrLost, job), "follow it: rai attach " + job)
 	case errors.Is(err, dial.ErrLost):
-		return &exitError{exitConnect, err, "see whether the job was taken: rai history"}
+		return cli.Fail(cli.Connect, err, "see whether the job was taken: rai history")
 	}
 	return err
 }

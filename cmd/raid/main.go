@@ -8,14 +8,12 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
-	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/runner/shim"
 	"github.com/rai-project/raid/sshd"
 )
@@ -27,14 +25,7 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "shim" { // before anything else: a box counts its milliseconds
 		os.Exit(shim.Main())
 	}
-	if err := root().Execute(); err != nil {
-		fmt.Fprintf(os.Stderr, "raid: %v\n", err)
-		var h *hinted
-		if errors.As(err, &h) {
-			fmt.Fprintf(os.Stderr, "raid: %s\n", h.hint)
-		}
-		os.Exit(1)
-	}
+	cli.Exit("raid", root().Execute(), 1)
 }
 
 func root() *cobra.Command {
@@ -53,38 +44,8 @@ func root() *cobra.Command {
 	return cmd
 }
 
-// version reads what the linker left in the binary.
+// version says which raid this is.
 func version() sshd.Version {
-	v := sshd.Version{Version: "devel", BuildTime: buildTime, Go: runtime.Version()}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return v
-	}
-	if info.Main.Version != "" && info.Main.Version != "(devel)" {
-		v.Version = info.Main.Version
-	}
-	for _, s := range info.Settings {
-		switch {
-		case s.Key == "vcs.revision":
-			v.Commit = s.Value[:min(12, len(s.Value))]
-		case s.Key == "vcs.time" && v.BuildTime == "":
-			v.BuildTime = s.Value
-		}
-	}
-	if v.BuildTime == "" {
-		v.BuildTime = "unknown"
-	}
-	return v
-}
-
-// hinted is an error with a line about what to do.
-type hinted struct {
-	error
-	hint string
-}
-
-func (h *hinted) Unwrap() error { return h.error }
-
-func hintf(err error, format string, args ...any) error {
-	return &hinted{err, fmt.Sprintf(format, args...)}
+	b := cli.Built(buildTime)
+	return sshd.Version{Version: b.Version, Commit: b.Commit, BuildTime: b.Time, Go: b.Go}
 }

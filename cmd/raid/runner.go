@@ -17,6 +17,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/runner"
@@ -68,6 +69,8 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
+	first, signals := onSignals(ctx) // from here on nothing is left half made by a signal
+	defer signals.stop()
 	lock, err := lockSlot(dir)
 	if err != nil {
 		return err
@@ -82,11 +85,14 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 		level = "debug"
 	}
 	logger := newLogger(level).With("runner", slot.Name)
-	gpus, err := ownGPUs(ctx, slot)
+	gpus, err := ownGPUs(first, slot)
 	if err != nil {
 		return err
 	}
-	engine, err := newEngine(ctx, dir, slot, logger.Warnf)
+	engine, err := newEngine(first, dir, slot, logger.Warnf)
+	if first.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -96,8 +102,6 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 	r := runner.New(runner.Config{Dir: dir, Name: slot.Name, Pools: slot.Pools, Arch: runtime.GOARCH, Engine: engine,
 		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Logf: logger.Infof,
 		Dial: func(ctx context.Context) (*dial.Client, error) { return f.dial(ctx, dir) }})
-	first, signals := onSignals(ctx)
-	defer signals.stop()
 	defer context.AfterFunc(first, r.Drain)()
 	killable, kill := context.WithCancelCause(ctx)
 	defer kill(nil)
@@ -134,7 +138,7 @@ func (f *runnerFlags) slot(dir string) (slotFile, error) {
 	if f.server == "" {
 		s, err := readSlot(dir)
 		if err != nil {
-			return s, hintf(err, "a runner that no raid serve prepared needs --server, -i and --known-hosts")
+			return s, cli.Hintf(err, "a runner that no raid serve prepared needs --server, -i and --known-hosts")
 		}
 		if len(f.pools) > 0 {
 			s.Pools = f.pools

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/sshd"
 	"github.com/rai-project/raid/sshd/queue"
@@ -72,7 +73,7 @@ func serve(ctx context.Context, c config) error {
 	}
 	st, err := store.OpenSQLite(ctx, state.dir, jobsView)
 	if errors.Is(err, store.ErrLocked) {
-		return hintf(fmt.Errorf("another raid uses %s: %w", state.dir, err), "stop it first, or give this one a folder of its own with --state")
+		return cli.Hintf(fmt.Errorf("another raid uses %s: %w", state.dir, err), "stop it first, or give this one a folder of its own with --state")
 	}
 	if err != nil {
 		return err
@@ -88,7 +89,7 @@ func serve(ctx context.Context, c config) error {
 	}
 	l, err := new(net.ListenConfig).Listen(ctx, "tcp", c.Listen)
 	if err != nil {
-		return hintf(err, "choose another address with --listen")
+		return cli.Hintf(err, "choose another address with --listen")
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -169,7 +170,7 @@ func openState(dir string) (*state, error) {
 		if err != nil {
 			return nil, err
 		}
-		return nil, hintf(fmt.Errorf("others can look into %s", dir), "it holds private keys: chmod 700 %s", dir)
+		return nil, cli.Hintf(fmt.Errorf("others can look into %s", dir), "it holds private keys: chmod 700 %s", dir)
 	}
 	s := &state{dir: dir}
 	if _, err := ensureKey(filepath.Join(dir, "host_key"), "raid host key"); err != nil {

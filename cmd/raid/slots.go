@@ -20,6 +20,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
@@ -58,7 +59,7 @@ type slot struct {
 func prepareSlots(ctx context.Context, c config, s *state, srv *sshd.Server, addr net.Addr) ([]slot, error) {
 	gpus, err := gpu.Find(ctx)
 	if err != nil {
-		return nil, hintf(err, "mend the driver, or set [runners] local = 1 to run without GPUs")
+		return nil, cli.Hintf(err, "mend the driver, or set [runners] local = 1 to run without GPUs")
 	}
 	n, err := c.local(len(gpus))
 	if err != nil {
@@ -118,7 +119,7 @@ func (sl *slot) prepare(ctx context.Context, srv *sshd.Server, f slotFile) error
 	return keys.WriteFile(filepath.Join(sl.dir, "slot.json"), b, 0o600)
 }
 
-// keepSlots keeps every slot filled until ctx ends, then asks the runners to go:
+// keepSlots keeps every slot filled until ctx ends; the runners are then asked to go:
 // idle ones end at once, busy ones finish their job; at a second signal they give
 // their job back instead.
 func keepSlots(ctx context.Context, slots []slot, signals signalBox, logger *log.Logger) {
@@ -127,7 +128,6 @@ func keepSlots(ctx context.Context, slots []slot, signals signalBox, logger *log
 		wg.Go(func() { slots[i].keep(ctx, logger) })
 	}
 	<-ctx.Done()
-	tell(slots)
 	gone := make(chan struct{})
 	go func() { defer close(gone); wg.Wait() }() // ends with keep, which a timer bounds
 	select {
@@ -138,7 +138,7 @@ func keepSlots(ctx context.Context, slots []slot, signals signalBox, logger *log
 	}
 }
 
-// tell sends every runner SIGTERM.
+// tell sends every runner SIGTERM, once more: keep has sent the first.
 func tell(slots []slot) {
 	for i := range slots {
 		if pid, held := slots[i].holder(); held && pid > 0 {
@@ -198,7 +198,8 @@ func (sl *slot) holder() (pid int, held bool) {
 }
 
 // start runs a runner in a session of its own, so that it outlives this process.
-// When ctx ends it is waited for as long as an idle one needs; a busy one stays.
+// When ctx ends it is told to go, by its process and not by the lock, which one that
+// has just begun does not hold yet, and waited for as long as an idle one needs.
 func (sl *slot) start(ctx context.Context) error {
 	exe, err := os.Executable()
 	if err != nil {
@@ -222,6 +223,7 @@ func (sl *slot) start(ctx context.Context) error {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
+		cmd.Process.Signal(syscall.SIGTERM)
 	}
 	select {
 	case err := <-ended:
@@ -231,7 +233,7 @@ func (sl *slot) start(ctx context.Context) error {
 	}
 }
 
-// await waits for the end of a runner that is not our child.
+// await does the same for a runner that is not our child.
 func (sl *slot) await(ctx context.Context, pid int) error {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
@@ -257,6 +259,7 @@ func (sl *slot) await(ctx context.Context, pid int) error {
 		case set[0].Revents != 0:
 			return errors.New("it has gone")
 		}
+		unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0)
 		unix.Poll(set[:1], int(idleEnds.Milliseconds()))
 		return nil
 	}
