@@ -32,7 +32,7 @@ type command struct {
 // table is every command, in the order help shows them.
 func table() []command {
 	return []command{
-		{name: "submit", role: keys.Student, usage: "[flags] [-- CMD…] < project.tar", flags: submitFlags, run: runSubmit,
+		{name: "submit", role: keys.Student, usage: "[flags] [-- CMD…] < project.tar", args: [2]int{0, -1}, flags: submitFlags, run: runSubmit,
 			about: "run a project: tar, tar.gz, tar.zst or zip on stdin, built as its rai_build.yml says"},
 		{name: "attach", role: keys.Student, usage: "JOB", args: [2]int{1, 1}, flags: jsonFlag, run: runAttach,
 			about: "follow a job from its first line; exits with the job's status"},
