@@ -1,0 +1,299 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// cmdMktar writes a tar as no tar(1) would:
+//
+//	NAME=TEXT   a file       NAME->TO  a symbolic link      NAME=>TO  a hard link
+//	NAME/       a folder     NAME|     a FIFO               NAME!     a device
+//	cut         the last entry's content and the end are missing
+func (w *world) cmdMktar(ts *testscript.TestScript, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: mktar FILE ENTRY…")
+	}
+	var buf bytes.Buffer
+	t := tar.NewWriter(&buf)
+	entries, short := args[1:], false
+	if entries[len(entries)-1] == "cut" {
+		entries, short = entries[:len(entries)-1], true
+	}
+	for _, e := range entries {
+		h, content := entryOf(e)
+		ts.Check(t.WriteHeader(&h))
+		_, err := io.WriteString(t, content)
+		ts.Check(err)
+	}
+	ts.Check(t.Close())
+	text := buf.Bytes()
+	if short {
+		text = text[:len(text)-2*512-512+1] // one byte of the last block
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), text, 0o644))
+}
+
+func entryOf(e string) (tar.Header, string) {
+	h := tar.Header{Format: tar.FormatPAX, ModTime: time.Unix(1_600_000_000, 0), Mode: 0o755}
+	if name, to, ok := strings.Cut(e, "->"); ok {
+		h.Typeflag, h.Name, h.Linkname = tar.TypeSymlink, name, to
+		return h, ""
+	}
+	if name, to, ok := strings.Cut(e, "=>"); ok {
+		h.Typeflag, h.Name, h.Linkname = tar.TypeLink, name, to
+		return h, ""
+	}
+	if name, text, ok := strings.Cut(e, "="); ok {
+		h.Typeflag, h.Name, h.Size = tar.TypeReg, name, int64(len(text))
+		return h, text
+	}
+	switch e[len(e)-1] {
+	case '|':
+		h.Typeflag, h.Name = tar.TypeFifo, e[:len(e)-1]
+	case '!':
+		h.Typeflag, h.Name, h.Devmajor, h.Devminor = tar.TypeChar, e[:len(e)-1], 1, 3
+	default:
+		h.Typeflag, h.Name = tar.TypeDir, e
+	}
+	return h, ""
+}
+
+// jobNames are the names of the job object, all of which are always there.
+var jobNames = [...]string{"id", "state", "reason", "exit", "signal", "user", "team", "pool", "kind", "name", "engine",
+	"image", "runner", "gpu", "attempt", "queued_at", "started_at", "finished_at", "queue_wait_ms", "prepare_ms",
+	"run_ms", "collect_ms", "charged_s", "out_bytes", "source_sha256"}
+
+// cmdEvents reads the lines of --json. The kinds that were asked for have to be there,
+// in the order of their first lines; what the job printed is left in events.out and
+// events.err.
+func (w *world) cmdEvents(ts *testscript.TestScript, args []string) {
+	var kinds []string
+	var out, errs []byte
+	for line := range strings.Lines(ts.ReadFile(args[0])) {
+		var e struct {
+			Event, T, Data string
+			Job            int64
+			B64            []byte
+			Result         map[string]any
+		}
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			ts.Fatalf("not an event: %v: %s", err, line)
+		}
+		if _, err := time.Parse("2006-01-02T15:04:05.000Z", e.T); err != nil || e.Job == 0 {
+			ts.Fatalf("without t or job: %s", line)
+		}
+		if !slices.Contains(kinds, e.Event) {
+			kinds = append(kinds, e.Event)
+		}
+		data := append([]byte(e.Data), e.B64...)
+		switch e.Event {
+		case "out":
+			out = append(out, data...)
+		case "err":
+			errs = append(errs, data...)
+		case "done":
+			checkJobObject(ts, e.Result)
+		}
+	}
+	if want := args[1:]; !slices.Equal(kinds, want) {
+		ts.Fatalf("the events are %q, want %q", kinds, want)
+	}
+	ts.Check(os.WriteFile(ts.MkAbs("events.out"), out, 0o644))
+	ts.Check(os.WriteFile(ts.MkAbs("events.err"), errs, 0o644))
+}
+
+func checkJobObject(ts *testscript.TestScript, o map[string]any) {
+	for _, name := range jobNames {
+		if _, ok := o[name]; !ok {
+			ts.Fatalf("the job object has no %s: %v", name, o)
+		}
+	}
+	if len(o) != len(jobNames) {
+		ts.Fatalf("the job object has %d names, want %d: %v", len(o), len(jobNames), o)
+	}
+}
+
+// cmdSame compares hashes, for files too large for a diff.
+func (w *world) cmdSame(ts *testscript.TestScript, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: same FILE FILE…")
+	}
+	want := sha256.Sum256([]byte(ts.ReadFile(args[0])))
+	for _, name := range args[1:] {
+		text := ts.ReadFile(name)
+		if got := sha256.Sum256([]byte(text)); got != want {
+			ts.Fatalf("%s (%d bytes) is not %s (%d bytes)", name, len(text), args[0], len(ts.ReadFile(args[0])))
+		}
+	}
+}
+
+// A proxy carries connections to raid until it is told to fall silent: it then reads
+// and sends nothing, as a network cable that was pulled.
+type proxy struct {
+	port     string
+	listener net.Listener
+	silent   chan struct{}
+	wg       sync.WaitGroup
+	mu       sync.Mutex // protects the following
+	conns    []net.Conn
+}
+
+func (w *world) cmdProxy(ts *testscript.TestScript, args []string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	p := &proxy{listener: l, silent: make(chan struct{})}
+	_, p.port, err = net.SplitHostPort(l.Addr().String())
+	ts.Check(err)
+	to := w.port
+	p.wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			p.serve(c, "127.0.0.1:"+to)
+		}
+	})
+	w.proxies[args[0]] = p
+}
+
+func (p *proxy) serve(near net.Conn, addr string) {
+	far, err := net.Dial("tcp", addr)
+	if err != nil {
+		near.Close()
+		return
+	}
+	p.mu.Lock()
+	p.conns = append(p.conns, near, far)
+	p.mu.Unlock()
+	p.wg.Go(func() { p.carry(near, far) })
+	p.wg.Go(func() { p.carry(far, near) })
+}
+
+func (p *proxy) carry(to, from net.Conn) {
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		select {
+		case <-p.silent:
+			return
+		default:
+		}
+		if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
+			to.Close()
+			return
+		}
+	}
+}
+
+func (p *proxy) close() {
+	p.listener.Close()
+	p.mu.Lock()
+	for _, c := range p.conns {
+		c.Close()
+	}
+	p.mu.Unlock()
+	p.wg.Wait()
+}
+
+func (w *world) cmdCut(ts *testscript.TestScript, args []string) {
+	p := w.proxies[args[0]]
+	if p == nil {
+		ts.Fatalf("no proxy %s", args[0])
+	}
+	close(p.silent)
+}
+
+var redisReady = regexp.MustCompile(`Ready to accept connections`)
+
+func (w *world) cmdRedis(ts *testscript.TestScript, args []string) {
+	switch args[0] {
+	case "start":
+		w.startRedis(ts)
+	case "stop", "kill9":
+		w.redis.cmd.Process.Kill()
+		w.within(ts, "redis", w.redis.wait)
+		w.redis = nil
+	case "hang":
+		ts.Check(w.redis.cmd.Process.Signal(syscall.SIGSTOP))
+	case "go":
+		ts.Check(w.redis.cmd.Process.Signal(syscall.SIGCONT))
+	default:
+		ts.Fatalf("redis: start, stop, kill9, hang or go")
+	}
+}
+
+// startRedis starts a Redis on a port that stays the script's own.
+func (w *world) startRedis(ts *testscript.TestScript) {
+	if w.redisAt == "" {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		ts.Check(err)
+		_, w.redisAt, err = net.SplitHostPort(l.Addr().String())
+		ts.Check(err)
+		ts.Check(l.Close())
+		ts.Setenv("REDIS", w.redisAt)
+	}
+	p, err := w.start([]string{"redis-server", "--port", w.redisAt, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"}, w.env(ts), "", 0)
+	ts.Check(err)
+	w.redis = p
+	w.within(ts, "redis start", func(ctx context.Context) error {
+		_, err := p.both.await(ctx, redisReady)
+		return err
+	})
+}
+
+// cmdMirrored reads the mirror of a job to its end, waiting for it.
+func (w *world) cmdMirrored(ts *testscript.TestScript, args []string) {
+	c := redis.NewClient(&redis.Options{Addr: "127.0.0.1:" + w.redisAt, ReadTimeout: patience})
+	defer c.Close()
+	all := map[string][]byte{}
+	w.within(ts, "mirrored", func(ctx context.Context) error {
+		for last := "0"; all["end"] == nil; {
+			got, err := c.XRead(ctx, &redis.XReadArgs{Streams: []string{"rai:log:" + args[0], last}, Block: patience}).Result()
+			if err != nil {
+				return err
+			}
+			for _, m := range got[0].Messages {
+				last = m.ID
+				if err := keepEntry(all, m); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	for _, kind := range []string{"out", "err", "end"} {
+		ts.Check(os.WriteFile(filepath.Join(w.dir, "mirror."+kind), all[kind], 0o644))
+	}
+}
+
+// keepEntry adds one entry. Its id is the offset of the log after it.
+func keepEntry(all map[string][]byte, m redis.XMessage) error {
+	kind, _ := m.Values["s"].(string)
+	data, _ := m.Values["d"].(string)
+	offset, _, _ := strings.Cut(m.ID, "-")
+	if _, err := strconv.ParseInt(offset, 10, 64); err != nil || kind == "" {
+		return fmt.Errorf("not an entry of ours: %v", m)
+	}
+	all[kind] = append(all[kind], data...)
+	return nil
+}
