@@ -17,6 +17,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/runner"
@@ -137,7 +138,7 @@ func (f *runnerFlags) slot(dir string) (slotFile, error) {
 	if f.server == "" {
 		s, err := readSlot(dir)
 		if err != nil {
-			return s, hintf(err, "a runner that no raid serve prepared needs --server, -i and --known-hosts")
+			return s, cli.Hintf(err, "a runner that no raid serve prepared needs --server, -i and --known-hosts")
 		}
 		if len(f.pools) > 0 {
 			s.Pools = f.pools

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
@@ -58,7 +59,7 @@ type slot struct {
 func prepareSlots(ctx context.Context, c config, s *state, srv *sshd.Server, addr net.Addr) ([]slot, error) {
 	gpus, err := gpu.Find(ctx)
 	if err != nil {
-		return nil, hintf(err, "mend the driver, or set [runners] local = 1 to run without GPUs")
+		return nil, cli.Hintf(err, "mend the driver, or set [runners] local = 1 to run without GPUs")
 	}
 	n, err := c.local(len(gpus))
 	if err != nil {
