@@ -6,7 +6,7 @@ BUILD   := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 
 .PHONY: build demo test bench vuln deps clean help
 
-build: ## bin/raid, bin/rai, bin/rai-keygen: static binaries
+build: ## bin/raid, bin/rai, bin/rai-keygen, bin/rai-crypto: static binaries
 	@command -v $(GO) >/dev/null || { echo 'raid: Go 1.26 or newer is needed on PATH'; exit 1; }
 	$(BUILD) -o bin/ ./cmd/...
 

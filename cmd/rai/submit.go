@@ -136,7 +136,7 @@ func (a *app) ended(err error, job string) error {
 	case errors.Is(err, errInterrupted):
 		return cli.Fail(cli.Interrupted, fmt.Errorf("interrupted; %s is cancelled", which), "")
 	case errors.Is(err, dial.ErrLost) && job != "":
-		return cli.Fail(cli.Connect, fmt.Errorf("%w; job %s goes on", dial.ErrLost, job), "follow it: rai attach " + job)
+		return cli.Fail(cli.Connect, fmt.Errorf("%w; job %s goes on", dial.ErrLost, job), "follow it: rai attach "+job)
 	case errors.Is(err, dial.ErrLost):
 		return cli.Fail(cli.Connect, err, "see whether the job was taken: rai history")
 	}

@@ -13,7 +13,9 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/keys/secret"
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/sshd"
 	"github.com/rai-project/raid/sshd/stream"
@@ -232,6 +234,21 @@ func set(to *int64, v *size) {
 	if v != nil {
 		*to = int64(*v)
 	}
+}
+
+// reveal decrypts the values that may be secrets, with the host key in dir.
+func (c *config) reveal(dir string) error {
+	if !secret.Is(c.Mirror.Redis) {
+		return nil
+	}
+	private, err := os.ReadFile(filepath.Join(dir, "host_key"))
+	if err != nil {
+		return err
+	}
+	if c.Mirror.Redis, err = secret.Decrypt(c.Mirror.Redis, private); err != nil {
+		return cli.Hintf(fmt.Errorf("[mirror] redis: %w", err), "encrypt it to this raid's key: rai-crypto encrypt -r %s", filepath.Join(dir, "host_key.pub"))
+	}
+	return nil
 }
 
 // mirror returns the mirror's options, nil for none.

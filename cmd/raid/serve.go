@@ -71,6 +71,9 @@ func serve(ctx context.Context, c config) error {
 	if err != nil {
 		return err
 	}
+	if err := c.reveal(state.dir); err != nil {
+		return err
+	}
 	st, err := store.OpenSQLite(ctx, state.dir, jobsView)
 	if errors.Is(err, store.ErrLocked) {
 		return cli.Hintf(fmt.Errorf("another raid uses %s: %w", state.dir, err), "stop it first, or give this one a folder of its own with --state")
