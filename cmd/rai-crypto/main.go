@@ -34,7 +34,9 @@ func main() {
 	f.BoolP("debug", "d", false, "accepted as in RAI")
 	root.AddCommand(encryptCommand(), decryptCommand(),
 		&cobra.Command{Use: "version", Short: "Prints the version", Args: cobra.NoArgs,
-			Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), "rai-crypto", cli.Built(buildTime)) }})
+			Run: func(cmd *cobra.Command, _ []string) {
+				fmt.Fprintln(cmd.OutOrStdout(), "rai-crypto", cli.Built(buildTime))
+			}})
 	cli.Exit("rai-crypto", root.Execute(), cli.Input)
 }
 
