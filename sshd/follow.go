@@ -65,7 +65,7 @@ func runAttach(ctx context.Context, c *call) (int, error) {
 
 func logsFlags(f *pflag.FlagSet) {
 	f.BoolP("follow", "f", false, "go on until the job has ended")
-	f.IntP("number", "n", -1, "only the last so many lines")
+	f.IntP("number", "n", -1, "only the last `LINES`")
 }
 
 func runLogs(ctx context.Context, c *call) (int, error) {

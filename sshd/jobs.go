@@ -134,8 +134,8 @@ func runStatus(ctx context.Context, c *call) (int, error) {
 
 func historyFlags(f *pflag.FlagSet) {
 	jsonFlag(f)
-	f.IntP("number", "n", 20, "how many")
-	f.String("user", "", "only this person's")
+	f.IntP("number", "n", 20, "at most `N`")
+	f.String("user", "", "only this `USER`'s")
 }
 
 func runHistory(ctx context.Context, c *call) (int, error) {
@@ -259,6 +259,10 @@ func runRunners(ctx context.Context, c *call) (int, error) {
 	if c.json() {
 		return 0, nil
 	}
+	if len(all) == 0 {
+		_, err := fmt.Fprintln(c, "no runner has come yet; jobs wait until one does")
+		return 0, err
+	}
 	return 0, t.print(c)
 }
 
@@ -293,13 +297,21 @@ func runCancel(ctx context.Context, c *call) (int, error) {
 		if c.json() {
 			err = c.emit(rec.Job)
 		} else {
-			_, err = fmt.Fprintf(c, "job %d is %s\n", rec.ID, stateWord(&rec.Job))
+			_, err = fmt.Fprintln(c, cancelWord(&rec.Job))
 		}
 		if err != nil {
 			return 0, err
 		}
 	}
 	return 0, nil
+}
+
+// cancelWord says what a cancel came to.
+func cancelWord(j *job.Job) string {
+	if j.State.Final() && j.State != job.Cancelled {
+		return fmt.Sprintf("job %d had ended: %s", j.ID, stateWord(j))
+	}
+	return fmt.Sprintf("job %d is %s", j.ID, stateWord(j))
 }
 
 // cancel ends a job; one that has ended is left as it is. rec is what came of it.
@@ -447,7 +459,7 @@ func (s *Server) reason(ctx context.Context, rec *job.Record) (why reasoning, er
 	})
 	why.Words = []string{fmt.Sprintf("job %d waits in %s: %s ahead of it, %d running", rec.ID, rec.Pool, count(why.Ahead, "job"), why.Running)}
 	if why.Runners == 0 {
-		why.Words = append(why.Words, "no connected runner can take it")
+		why.Words = append(why.Words, "no runner that can take it is connected; it starts when one is")
 		why.Words = append(why.Words, lacks...)
 	} else {
 		why.Words = append(why.Words, fmt.Sprintf("%s can take it; teams run in turn, by GPU time used", count(why.Runners, "runner")))

@@ -43,8 +43,9 @@ func runWhoami(_ context.Context, c *call) (int, error) {
 // runGreeting answers a bare `ssh rai@host`: who you are and what to type.
 func runGreeting(ctx context.Context, c *call) (int, error) {
 	if c.Who.Role == keys.Guest {
-		fmt.Fprintf(c, "This is raid. Your key %s is not enrolled.\n\n"+
-			"Ask your course staff to enrol it, then:  tar cf - . | ssh rai@host submit\n", c.Who.Fingerprint)
+		fmt.Fprintf(c, "This is raid. Your key is not enrolled:\n  %s\n\n"+
+			"Send its public half (the .pub file) to your course staff. Once they have enrolled it:\n"+
+			"  tar cf - . | ssh rai@host submit\n", c.Who.Fingerprint)
 		return 0, nil
 	}
 	fmt.Fprintf(c, "Hello %s.", c.Who.User)
@@ -62,11 +63,19 @@ func runGreeting(ctx context.Context, c *call) (int, error) {
 			running++
 		}
 	}
-	fmt.Fprintf(c, " raid runs %s now, %d wait; %d of them yours.\n\n", count(running, "job"), waiting, mine)
+	fmt.Fprintf(c, " %s\n\n", bustle(running, waiting, mine))
 	fmt.Fprint(c, "  tar cf - . | ssh rai@host submit       run this folder\n"+
 		"  ssh rai@host status                    your jobs\n"+
 		"  ssh rai@host help                      everything else\n")
 	return 0, nil
+}
+
+// bustle says how busy raid is.
+func bustle(running, waiting, mine int) string {
+	if running+waiting == 0 {
+		return "Nothing runs and nothing waits."
+	}
+	return fmt.Sprintf("Running: %s. Waiting: %d. Yours of these: %d.", count(running, "job"), waiting, mine)
 }
 
 func runVersion(_ context.Context, c *call) (int, error) {

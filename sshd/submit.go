@@ -20,11 +20,11 @@ import (
 )
 
 func submitFlags(f *pflag.FlagSet) {
-	f.StringP("queue", "q", "", "the pool to run in, as RAI named its queues")
-	f.String("as", "run", "what this submission counts as: run, m1, m2, final, …")
-	f.Int("gpus", -1, "GPUs, instead of what the build file says")
-	f.String("name", "", "a name of your own, shown in listings")
-	f.Duration("timeout", 0, "a shorter time limit")
+	f.StringP("queue", "q", "", "the `POOL` to run in, a queue in RAI's words")
+	f.String("as", "run", "the `KIND` it counts as: run, m1, m2, final, …")
+	f.Int("gpus", -1, "`N` GPUs, instead of what the build file says")
+	f.String("name", "", "`TEXT` of your own, shown in listings")
+	f.Duration("timeout", 0, "a shorter time limit `D`: 90s, 10m")
 	f.Bool("tty", false, "give the job a terminal for its stdout")
 	rerunFlags(f)
 }
@@ -67,7 +67,7 @@ func runRerun(ctx context.Context, c *call) (int, error) {
 	}
 	rec := job.Record{Job: job.Job{User: c.Who.User, Team: c.Who.Team, Pool: old.Pool, Kind: old.Kind,
 		Name: old.Name, Image: old.Image, SourceSHA256: old.SourceSHA256}, Source: old.Source, Spec: old.Spec}
-	return c.enqueue(ctx, &rec, &receipt{at: time.Now()})
+	return c.enqueue(ctx, &rec, &receipt{at: time.Now(), rerun: true})
 }
 
 // A receipt is the proof of a submission that every submit prints.
@@ -75,6 +75,18 @@ type receipt struct {
 	at      time.Time // the server's time of the complete upload
 	entries int
 	bytes   int64
+	rerun   bool
+}
+
+// size is how much it was, as far as it is known.
+func (r *receipt) size() string {
+	switch {
+	case r.bytes > 0:
+		return fmt.Sprintf(", %d entries, %s", r.entries, bytesWord(r.bytes))
+	case r.rerun:
+		return ", as it was"
+	}
+	return ", no files"
 }
 
 // enqueue makes the job durable, says so, and follows it.
@@ -84,12 +96,11 @@ func (c *call) enqueue(ctx context.Context, rec *job.Record, r *receipt) (int, e
 		return 0, err
 	}
 	*rec = *reply.(*job.Record)
-	source := "no files"
-	if rec.SourceSHA256 != "" {
-		source = "sha256 " + rec.SourceSHA256
-	}
 	c.say("job %d queued as %s in %s", rec.ID, rec.Kind, rec.Pool)
-	c.say("received %s, %s", job.At(r.at), source)
+	c.say("received %s%s", job.At(r.at), r.size())
+	if rec.SourceSHA256 != "" {
+		c.say("sha256 %s", rec.SourceSHA256) // alone, to fit a terminal
+	}
 	if c.on("detach") {
 		if c.json() {
 			return 0, c.emit(event{Event: "queued", Job: rec.ID, T: job.At(r.at), SHA256: rec.SourceSHA256, Kind: rec.Kind})

@@ -33,7 +33,7 @@ type command struct {
 func table() []command {
 	return []command{
 		{name: "submit", role: keys.Student, usage: "[flags] [-- CMD…] < project.tar", args: [2]int{0, -1}, flags: submitFlags, run: runSubmit,
-			about: "run a project: tar, tar.gz, tar.zst or zip on stdin, built as its rai_build.yml says"},
+			about: "run a project as its rai_build.yml says: a tar, tar.gz, tar.zst or zip"},
 		{name: "attach", role: keys.Student, usage: "JOB", args: [2]int{1, 1}, flags: jsonFlag, run: runAttach,
 			about: "follow a job from its first line; exits with the job's status"},
 		{name: "logs", role: keys.Student, usage: "JOB [-f] [-n LINES]", args: [2]int{1, 1}, flags: logsFlags, run: runLogs,
@@ -174,7 +174,7 @@ func (s *Server) start(ctx context.Context, d *door.Session, cmd *command, words
 	}
 	c.args = c.flags.Args()
 	if n := len(c.args); n < cmd.args[0] || cmd.args[1] >= 0 && n > cmd.args[1] {
-		return 0, failf(job.ExitUsage, "usage: ssh … "+cmd.name+" "+cmd.usage, "%s: %d words given", cmd.name, n)
+		return 0, failf(job.ExitUsage, "more: ssh … help "+cmd.name, "usage: ssh … %s", strings.TrimSpace(cmd.name+" "+cmd.usage))
 	}
 	return cmd.run(ctx, c)
 }
@@ -224,7 +224,12 @@ func describe(w io.Writer, cmd *command) error {
 	fs := pflag.NewFlagSet(cmd.name, pflag.ContinueOnError)
 	if cmd.flags != nil {
 		cmd.flags(fs)
-		fmt.Fprintf(w, "\nflags:\n%s", fs.FlagUsages())
+		fs.VisitAll(func(f *pflag.Flag) {
+			if f.DefValue == "-1" { // it stands for none
+				f.DefValue = "0"
+			}
+		})
+		fmt.Fprintf(w, "\nflags:\n%s", strings.ReplaceAll(fs.FlagUsages(), "[=true|false]", "             ")) // as wide
 	}
 	return nil
 }
