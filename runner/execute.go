@@ -45,6 +45,11 @@ type execution struct {
 func (r *Runner) execute(ctx context.Context, a *attempt, warm *warmBox) {
 	x := &execution{attempt: a, engine: r.Engine, logf: r.Logf, granted: time.Now(),
 		ready: make(chan struct{}), started: make(chan struct{}), collect: make(chan struct{})}
+	if n, ok := r.Engine.(box.Noter); ok {
+		if line := n.Note(a.offer.Spec.Image); line != "" {
+			a.say(line)
+		}
+	}
 	res, err := x.run(ctx, r, warm)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, errOrphan) {

@@ -82,11 +82,18 @@ type receipt struct {
 func (r *receipt) size() string {
 	switch {
 	case r.bytes > 0:
-		return fmt.Sprintf(", %d entries, %s", r.entries, bytesWord(r.bytes))
+		return fmt.Sprintf(", %s, %s", entriesWord(r.entries), bytesWord(r.bytes))
 	case r.rerun:
 		return ", as it was"
 	}
 	return ", no files"
+}
+
+func entriesWord(n int) string {
+	if n == 1 {
+		return "1 entry"
+	}
+	return fmt.Sprintf("%d entries", n)
 }
 
 // enqueue makes the job durable, says so, and follows it.
@@ -308,10 +315,24 @@ func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error
 	if err := c.time(&rec.Spec, b); err != nil {
 		return err
 	}
-	if b.Memory > 0 && b.Memory < rec.Spec.Limits.Memory {
-		rec.Spec.Limits.Memory = b.Memory
-	}
+	c.memory(&rec.Spec, b)
 	return c.gpus(ctx, rec, b, lim)
+}
+
+// leastMemory is what a box with a shell in it needs. With less it cannot even be
+// started, and each try would look like the runner's fault.
+const leastMemory = 32 << 20
+
+// memory lowers the memory limit, never raises it.
+func (c *call) memory(s *job.Spec, b *job.Build) {
+	asked := b.Memory
+	if asked > 0 && asked < leastMemory {
+		c.say("a box needs %s of memory at least; %s was asked for", bytesWord(leastMemory), bytesWord(asked))
+		asked = leastMemory
+	}
+	if asked > 0 && asked < s.Limits.Memory {
+		s.Limits.Memory = asked
+	}
 }
 
 // time lowers the time limit, never raises it.

@@ -36,6 +36,13 @@ type Engine interface {
 	Close() error
 }
 
+// A Noter is an Engine that may have to tell the user how a box will differ from what
+// the build file asked for.
+type Noter interface {
+	// Note returns one line about an image, or "".
+	Note(image string) string
+}
+
 // Config says what one box is to be.
 type Config struct {
 	ID      string // unique for this runner: names cgroup and folders; [a-z0-9-]

@@ -362,6 +362,14 @@ func (e *Engine) Name() string { return "bwrap" }
 // Weakness implements [box.Engine].
 func (e *Engine) Weakness() string { return e.weakness }
 
+// Note implements [box.Noter]: an image nobody mapped to a folder is not used.
+func (e *Engine) Note(image string) string {
+	if _, ok := e.cfg.Images[image]; ok || image == "" {
+		return ""
+	}
+	return fmt.Sprintf("no image %q here: the job runs with the programs of the machine", image)
+}
+
 // Start starts a box. It returns when all its mounts stand and its cgroups hold it;
 // the shim is about to run.
 func (e *Engine) Start(ctx context.Context, c box.Config) (box.Box, error) {
