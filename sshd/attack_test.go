@@ -1,6 +1,7 @@
 package sshd
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"crypto/ed25519"
@@ -144,5 +145,30 @@ func TestErrorsAreCleanForTerminals(t *testing.T) {
 		if status == 0 || strings.ContainsFunc(strings.ReplaceAll(stderr, "\n", ""), hostile) {
 			t.Errorf("%q = %d, %q, want an error without control characters", command, status, stderr)
 		}
+	}
+}
+
+// No build file may ask for a box so small that it never starts: that would be
+// counted as the runner's fault, three times.
+func TestMemoryHasAFloor(t *testing.T) {
+	s := newSite(t)
+	var archive bytes.Buffer
+	tw := tar.NewWriter(&archive)
+	text := "rai: {version: 0.2}\nresources: {limits: {memory: 1}}\ncommands: {build: [\"true\"]}\n"
+	if err := tw.WriteHeader(&tar.Header{Name: job.BuildFileName, Mode: 0o644, Size: int64(len(text))}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(tw, text); err != nil {
+		t.Fatal(err)
+	}
+	if err := tw.Close(); err != nil {
+		t.Fatal(err)
+	}
+	out, stderr, status := s.say(t, "ada", "submit --detach", &archive)
+	if status != 0 {
+		t.Fatalf("submit = %d, %q, %q, want 0", status, out, stderr)
+	}
+	if got := s.brain.Unfinished()[0].Spec.Limits.Memory; got != leastMemory {
+		t.Errorf("memory limit = %d, want %d", got, leastMemory)
 	}
 }

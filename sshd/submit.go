@@ -330,7 +330,7 @@ func (c *call) memory(s *job.Spec, b *job.Build) {
 		c.say("a box needs %s of memory at least; %s was asked for", bytesWord(leastMemory), bytesWord(asked))
 		asked = leastMemory
 	}
-	if asked > 0 && asked < s.Limits.Memory {
+	if asked > 0 && (asked < s.Limits.Memory || s.Limits.Memory == 0) { // 0: no limit yet
 		s.Limits.Memory = asked
 	}
 }
