@@ -178,9 +178,14 @@ type Spec struct {
 	TTY       bool     `json:"tty,omitempty"`
 	Network   bool     `json:"network,omitempty"`
 	GPUs      int      `json:"gpus,omitempty"`
-	GPUArch   string   `json:"gpu_arch,omitempty"`
+	GPUArch   string   `json:"gpu_arch,omitempty"` // a wish
 	CPUArch   string   `json:"cpu_arch,omitempty"`
 	Limits    Limits   `json:"limits"`
+
+	// What the queue goes by, beside CPUArch and GPUs.
+	GPUModel    string `json:"gpu_model,omitempty"`     // part of the model's name, any case
+	GPUMemoryMB int64  `json:"gpu_memory_mb,omitempty"` // at least
+	Priority    int    `json:"priority,omitempty"`      // among the user's own jobs; higher first
 }
 
 // Limits bound one attempt. Zero means no limit, except that Time is never zero

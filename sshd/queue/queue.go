@@ -34,11 +34,15 @@ type Millis = int64
 // A Policy holds what staff may choose. Its zero value is not useful; start from
 // [DefaultPolicy].
 type Policy struct {
-	Lease    Millis // silence after which a runner has lost its job
-	Attempts int    // how often a job may be tried when it is not its own fault
-	Burst    Millis // GPU-milliseconds of credit a returning tenant gets
-	FirstGo  Millis // estimate for somebody's first job
-	MinGo    Millis // least estimate, and least charge of a job its owner cancelled
+	Lease    Millis           // silence after which a runner has lost its job
+	Attempts int              // how often a job may be tried when it is not its own fault
+	Burst    Millis           // GPU-milliseconds of credit a returning tenant gets
+	FirstGo  Millis           // estimate for the first job of a pool
+	MinGo    Millis           // least estimate, and least charge of a job its owner cancelled
+	Express  Millis           // time limit of the jobs that express slots take; 0: there are none
+	User     Caps             // of every user
+	Team     Caps             // of every team, and of a user without one
+	Weights  map[string]int64 // share of a tenant, by job.Job.Tenant, 1 to 1000; 1 if not there
 }
 
 // DefaultPolicy is what raid ships with.
@@ -51,6 +55,8 @@ var (
 	ErrNoJob    = errors.New("no such job")
 	ErrFinished = errors.New("the job has ended")
 	ErrStale    = errors.New("stale fence")
+	ErrFull     = errors.New("too many jobs are waiting")
+	ErrDaily    = errors.New("too many jobs today")
 )
 
 // A Core is the scheduler's whole state. It is not safe for concurrent use.
@@ -58,9 +64,13 @@ type Core struct {
 	policy  Policy
 	next    int64 // id of the next job
 	fence   uint64
+	turns   int64
 	jobs    map[int64]*entry // unfinished jobs
+	active  map[int64]*entry // of them, those that run
 	pools   map[string]*node
+	classes []*class
 	runners map[string]*Runner // by the fingerprint of their key
+	idlers  []*Runner          // connected and waiting for work, in the order they are served
 
 	dirty   map[int64]bool   // jobs to write
 	ended   []*job.Record    // jobs that finished since the last Flush
@@ -73,6 +83,9 @@ type Core struct {
 // An entry is an unfinished job with what the core needs beside its record.
 type entry struct {
 	job.Record
+	user    *node
+	place   *place // where it waits, nil when it does not
+	index   int    // in place's heap
 	heard   Millis // when its runner was last heard of; running jobs only
 	granted Millis
 	charge  Millis // GPU-milliseconds charged for this attempt so far
@@ -80,18 +93,21 @@ type entry struct {
 
 // A Runner is one slot, as its last hello described it.
 type Runner struct {
-	ID        string   `json:"id"` // fingerprint of its key
-	Name      string   `json:"name"`
-	Pools     []string `json:"pools"`
-	Engine    string   `json:"engine"`
-	Arch      string   `json:"arch"`
-	GPUs      []string `json:"gpus,omitempty"`
-	Weakness  string   `json:"weakness,omitempty"`
-	Seen      Millis   `json:"seen"`
-	Connected bool     `json:"-"`
-	Idle      bool     `json:"-"`
-	Draining  bool     `json:"-"`
-	Job       int64    `json:"-"` // the job it runs, 0 for none
+	ID          string   `json:"id"` // fingerprint of its key
+	Name        string   `json:"name"`
+	Pools       []string `json:"pools"`
+	Engine      string   `json:"engine"`
+	Arch        string   `json:"arch"`
+	GPUs        []string `json:"gpus,omitempty"`          // models
+	GPUMemoryMB int64    `json:"gpu_memory_mb,omitempty"` // of the smallest
+	Express     bool     `json:"express,omitempty"`       // takes short jobs only
+	Weakness    string   `json:"weakness,omitempty"`
+	Seen        Millis   `json:"seen"`
+	Drained     bool     `json:"drained,omitempty"` // staff said: nothing new
+	Connected   bool     `json:"-"`
+	Idle        bool     `json:"-"`
+	Draining    bool     `json:"-"` // it said so itself
+	Job         int64    `json:"-"` // the job it runs, 0 for none
 }
 
 // Effects are what happened beside the rows. They are carried out after the commit.
@@ -118,7 +134,7 @@ type Stop struct {
 func New(p Policy) *Core {
 	return &Core{
 		policy: p, next: 1,
-		jobs: map[int64]*entry{}, pools: map[string]*node{}, runners: map[string]*Runner{},
+		jobs: map[int64]*entry{}, active: map[int64]*entry{}, pools: map[string]*node{}, runners: map[string]*Runner{},
 		dirty: map[int64]bool{}, charged: map[*node]bool{}, met: map[*Runner]bool{},
 	}
 }
@@ -139,11 +155,22 @@ func (c *Core) Apply(now Millis, cmd Command) (reply any, err error) {
 }
 
 // Submit queues a job. Record must carry User, Team, Pool, Kind, Spec and Source;
-// the reply is the *job.Record with its id.
+// the reply is the *job.Record with its id. The error is ErrFull or ErrDaily when a
+// cap of the user or the team is reached.
 type Submit struct{ Record job.Record }
 
 func (s Submit) apply(c *Core, now Millis) (any, error) {
 	e := &entry{Record: s.Record}
+	u := c.nodeOf(e)
+	for n := u; n.parent != nil; n = n.parent {
+		if err := n.admit(now); err != nil {
+			return nil, err
+		}
+	}
+	for n := u; n.parent != nil; n = n.parent {
+		n.today++
+		c.charged[n] = true
+	}
 	e.ID, e.State, e.Attempt = c.next, job.Queued, 0
 	e.QueuedAt = at(now)
 	c.next++
@@ -153,6 +180,20 @@ func (s Submit) apply(c *Core, now Millis) (any, error) {
 	c.changed(e)
 	r := e.Record
 	return &r, nil
+}
+
+// admit checks the caps on waiting jobs and on jobs a day.
+func (n *node) admit(now Millis) error {
+	if d := day(now); d != n.day {
+		n.day, n.today = d, 0
+	}
+	switch {
+	case n.caps.Queued > 0 && n.queued >= n.caps.Queued:
+		return fmt.Errorf("%w: %d is the most", ErrFull, n.caps.Queued)
+	case n.caps.Daily > 0 && n.today >= n.caps.Daily:
+		return fmt.Errorf("%w: %d is the most", ErrDaily, n.caps.Daily)
+	}
+	return nil
 }
 
 // Cancel ends a job: at once when it is queued, through its runner when it runs.
@@ -194,9 +235,10 @@ func (j Join) apply(c *Core, now Millis) (any, error) {
 		r = &Runner{}
 		c.runners[j.Runner.ID] = r
 	}
-	running := r.Job
+	c.setIdle(r, false)
+	running, drained := r.Job, r.Drained
 	*r = j.Runner
-	r.Seen, r.Connected, r.Idle, r.Job = now, true, false, running
+	r.Seen, r.Connected, r.Job, r.Drained = now, true, running, drained
 	c.met[r] = true
 	if e := c.jobs[r.Job]; e != nil && (j.Held == nil || *j.Held != e.lease()) {
 		c.lost(e, now, fmt.Sprintf("runner %s was restarted", e.Runner))
@@ -219,8 +261,25 @@ func (b Beat) apply(c *Core, now Millis) (any, error) {
 	}
 	r.Seen, r.Draining = now, b.Draining
 	c.claim(r, b.Held, now)
-	r.Idle = b.Idle && b.Held == nil && r.Job == 0
+	c.setIdle(r, b.Idle && b.Held == nil && r.Job == 0)
 	return nil, nil
+}
+
+// setIdle keeps the list of runners that wait for work. Express slots come first, or
+// they would leave the short jobs to the others.
+func (c *Core) setIdle(r *Runner, idle bool) {
+	if r.Idle == idle {
+		return
+	}
+	r.Idle = idle
+	i, _ := slices.BinarySearchFunc(c.idlers, r, func(a, b *Runner) int {
+		return cmp.Or(-cmp.Compare(b2i(a.Express), b2i(b.Express)), cmp.Compare(a.ID, b.ID))
+	})
+	if idle {
+		c.idlers = slices.Insert(c.idlers, i, r)
+	} else {
+		c.idlers = slices.Delete(c.idlers, i, i+1)
+	}
 }
 
 // claim renews the lease a runner shows, or tells it that the lease is stale.
@@ -246,9 +305,42 @@ type Leave struct{ Runner string }
 
 func (l Leave) apply(c *Core, now Millis) (any, error) {
 	if r := c.runners[l.Runner]; r != nil {
-		r.Connected, r.Idle, r.Seen = false, false, now
+		c.setIdle(r, false)
+		r.Connected, r.Seen = false, now
 		c.met[r] = true
 	}
+	return nil, nil
+}
+
+// Drain tells a runner to take nothing new, or lifts that. It is remembered. The
+// reply is how many runners have that name.
+type Drain struct {
+	Name string
+	On   bool
+}
+
+func (d Drain) apply(c *Core, _ Millis) (any, error) {
+	n := 0
+	for _, r := range c.runners {
+		if r.Name == d.Name {
+			r.Drained = d.On
+			c.met[r] = true
+			n++
+		}
+	}
+	return n, nil
+}
+
+// Pause lets nothing start in a pool, or lifts that. It is remembered. The reply is nil.
+type Pause struct {
+	Pool string
+	On   bool
+}
+
+func (p Pause) apply(c *Core, _ Millis) (any, error) {
+	n := c.pool(p.Pool)
+	n.paused = p.On
+	c.charged[n] = true
 	return nil, nil
 }
 
@@ -300,9 +392,8 @@ func (f Finish) apply(c *Core, now Millis) (any, error) {
 type Tick struct{}
 
 func (Tick) apply(c *Core, now Millis) (any, error) {
-	for _, id := range c.ids() {
-		e := c.jobs[id]
-		if e.State != job.Queued && now-e.heard >= c.policy.Lease {
+	for _, id := range sortedIDs(c.active) {
+		if e := c.active[id]; now-e.heard >= c.policy.Lease {
 			c.lost(e, now, fmt.Sprintf("runner %s was lost", e.Runner))
 		}
 	}
@@ -311,8 +402,8 @@ func (Tick) apply(c *Core, now Millis) (any, error) {
 
 // NextTick returns when the next Tick can change something; ok is false for never.
 func (c *Core) NextTick() (when Millis, ok bool) {
-	for _, e := range c.jobs {
-		if t := e.heard + c.policy.Lease; e.State != job.Queued && (!ok || t < when) {
+	for _, e := range c.active {
+		if t := e.heard + c.policy.Lease; !ok || t < when {
 			when, ok = t, true
 		}
 	}
@@ -337,6 +428,12 @@ func (c *Core) lost(e *entry, now Millis, why string) {
 
 // release takes the lease from the runner that holds it.
 func (c *Core) release(e *entry) {
+	if c.active[e.ID] == nil {
+		return
+	}
+	delete(c.active, e.ID)
+	c.count(c.nodeOf(e), 0, -1)
+	settlePlaces(c.nodeOf(e))
 	if r := c.runners[e.Holder]; r != nil && r.Job == e.ID {
 		r.Job = 0
 	}
@@ -415,7 +512,7 @@ func (c *Core) Job(id int64) (job.Record, bool) {
 // Jobs returns every unfinished job, oldest first.
 func (c *Core) Jobs() []job.Record {
 	var all []job.Record
-	for _, id := range c.ids() {
+	for _, id := range sortedIDs(c.jobs) {
 		all = append(all, c.jobs[id].Record)
 	}
 	return all
@@ -433,9 +530,9 @@ func (c *Core) Runners() []Runner {
 	return all
 }
 
-func (c *Core) ids() []int64 {
-	ids := make([]int64, 0, len(c.jobs))
-	for id := range c.jobs {
+func sortedIDs(jobs map[int64]*entry) []int64 {
+	ids := make([]int64, 0, len(jobs))
+	for id := range jobs {
 		ids = append(ids, id)
 	}
 	slices.Sort(ids)

@@ -284,7 +284,7 @@ func TestLabels(t *testing.T) {
 		{Runner{Pools: []string{"p"}, Arch: "amd64"}, job.Spec{GPUs: 1}, false},
 		{Runner{Pools: []string{"p"}, GPUs: []string{"V100"}}, job.Spec{GPUs: 2}, true},
 	} {
-		if got := tt.r.CanRun(&job.Record{Job: job.Job{Pool: "p"}, Spec: tt.spec}); got != tt.can {
+		if got := tt.r.CanRun(&job.Record{Job: job.Job{Pool: "p"}, Spec: tt.spec}, DefaultPolicy()); got != tt.can {
 			t.Errorf("%+v CanRun %+v = %v, want %v", tt.r, tt.spec, got, tt.can)
 		}
 	}
@@ -311,7 +311,7 @@ func keep(rows map[string]Row, writes []Write) {
 
 func load(t testing.TB, now Millis, rows map[string]Row) *Core {
 	t.Helper()
-	c := New(DefaultPolicy())
+	c := New(drawn)
 	for _, table := range Tables() {
 		var keys []string
 		for key, r := range rows {
@@ -329,12 +329,16 @@ func load(t testing.TB, now Millis, rows map[string]Row) *Core {
 	return c
 }
 
+// drawn is the policy of the random runs: everything is switched on.
+var drawn = Policy{Lease: 30_000, Attempts: 3, Burst: 20_000, FirstGo: 60_000, MinGo: 5_000, Express: 120_000,
+	User: Caps{Running: 1, Queued: 6}, Team: Caps{Running: 2, Daily: 30}, Weights: map[string]int64{"t2": 3}}
+
 // TestReplay is the property everything rests on: a core that is thrown away and
 // loaded from its rows at random points decides exactly as one that never was.
 func TestReplay(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		now := Millis(1_700_000_000_000)
-		plain, reborn := New(DefaultPolicy()), New(DefaultPolicy())
+		plain, reborn := New(drawn), New(drawn)
 		rows := map[string]Row{}
 		leases := map[string]*job.Lease{}
 		for range rapid.IntRange(1, 60).Draw(rt, "commands") {
@@ -357,6 +361,8 @@ func TestReplay(t *testing.T) {
 				rt.Fatalf("%T: rows differ:\n%s\n%s", cmd, a, b)
 			}
 			keep(rows, w2)
+			verify(rt, plain)
+			verify(rt, reborn)
 			if rapid.IntRange(0, 4).Draw(rt, "reload") == 0 {
 				reborn = revive(t, now, plain, rows)
 			}
@@ -364,12 +370,95 @@ func TestReplay(t *testing.T) {
 	})
 }
 
+// verify holds the core against an oracle that looks at every job: the heaps pick
+// what a search of everything picks, nobody idle could have run something that waits,
+// caps hold, and the counts are those of the jobs.
+func verify(t interface{ Fatalf(string, ...any) }, c *Core) {
+	for id, r := range c.runners {
+		got, want := c.pick(r), oracle(c, r)
+		if got != want {
+			t.Fatalf("runner %s: the heaps pick %v, a search picks %v", id, name(got), name(want))
+		}
+		if r.Idle && r.Connected && !r.Draining && !r.Drained && want != nil {
+			t.Fatalf("runner %s is idle though job %d waits: not work conserving", id, want.ID)
+		}
+	}
+	queued, running := map[*node]int{}, map[*node]int{}
+	for _, e := range c.jobs {
+		for n := c.nodeOf(e); n != nil; n = n.parent {
+			if e.State == job.Queued {
+				queued[n]++
+			} else {
+				running[n]++
+			}
+		}
+	}
+	for _, p := range c.pools {
+		for _, n := range append(p.sortedChildren(), p) {
+			if n.queued != queued[n] || n.running != running[n] {
+				t.Fatalf("%s counts %d queued, %d running; there are %d and %d", n.key, n.queued, n.running, queued[n], running[n])
+			}
+			if n.caps.Running > 0 && n.running > n.caps.Running {
+				t.Fatalf("%s runs %d, its cap is %d", n.key, n.running, n.caps.Running)
+			}
+		}
+	}
+}
+
+func name(e *entry) string {
+	if e == nil {
+		return "nothing"
+	}
+	return fmt.Sprintf("job %d", e.ID)
+}
+
+// oracle is pick as one would write it without heaps.
+func oracle(c *Core, r *Runner) *entry {
+	for _, pool := range r.Pools {
+		if p := c.pools[pool]; p == nil || p.paused {
+			continue
+		}
+		var best *entry
+		for _, id := range sortedIDs(c.jobs) {
+			e := c.jobs[id]
+			n := c.needs(&e.Record)
+			u := c.nodeOf(e)
+			if e.State != job.Queued || e.Pool != pool || r.lacks(&n) != "" || u.capped() || u.parent.capped() {
+				continue
+			}
+			if best == nil || slowBefore(c, r, e, best) {
+				best = e
+			}
+		}
+		if best != nil {
+			return best
+		}
+	}
+	return nil
+}
+
+// slowBefore says which of two jobs a runner takes first: by tenant, then by user,
+// then by the user's own order.
+func slowBefore(c *Core, r *Runner, a, b *entry) bool {
+	ua, ub := c.nodeOf(a), c.nodeOf(b)
+	if ua == ub {
+		return a.rank(b) < 0
+	}
+	if ua.parent == ub.parent {
+		return ua.compare(ub) < 0
+	}
+	return ua.parent.compare(ub.parent) < 0
+}
+
 // revive loads a core and gives it what is not in rows: who is connected, and when
 // runners were last heard of.
 func revive(t *testing.T, now Millis, from *Core, rows map[string]Row) *Core {
 	c := load(t, now, rows)
 	for id, r := range from.runners {
+		idle := r.Idle
 		*c.runners[id] = *r
+		c.runners[id].Idle = false
+		c.setIdle(c.runners[id], idle)
 	}
 	for id, e := range from.jobs {
 		c.jobs[id].heard = e.heard
@@ -388,14 +477,19 @@ func dump(writes []Write) []byte {
 func drawCommand(rt *rapid.T, leases map[string]*job.Lease) Command {
 	runner := rapid.SampledFrom([]string{"r1", "r2"}).Draw(rt, "runner")
 	held := leases[runner]
-	switch rapid.IntRange(0, 8).Draw(rt, "command") {
+	switch rapid.IntRange(0, 9).Draw(rt, "command") {
 	case 0, 1, 2:
 		return Submit{job.Record{Job: job.Job{Pool: "p", Kind: "run",
 			User: rapid.SampledFrom([]string{"ada", "bob", "eve"}).Draw(rt, "user"),
 			Team: rapid.SampledFrom([]string{"", "t1", "t2"}).Draw(rt, "team")},
-			Spec: job.Spec{Limits: job.Limits{Time: time.Hour}}}}
+			Spec: job.Spec{Limits: job.Limits{Time: rapid.SampledFrom([]time.Duration{time.Minute, time.Hour}).Draw(rt, "limit")},
+				GPUs: rapid.IntRange(0, 1).Draw(rt, "gpus"), Priority: rapid.IntRange(0, 1).Draw(rt, "priority")}}}
 	case 3:
-		return Join{Runner: Runner{ID: runner, Name: runner, Pools: []string{"p"}}, Held: held}
+		r := Runner{ID: runner, Name: runner, Pools: []string{"p"}, Express: runner == "r2"}
+		if rapid.Bool().Draw(rt, "has gpu") {
+			r.GPUs = []string{"V100"}
+		}
+		return Join{Runner: r, Held: held}
 	case 4:
 		return Beat{Runner: runner, Held: held}
 	case 5:
@@ -408,8 +502,174 @@ func drawCommand(rt *rapid.T, leases map[string]*job.Lease) Command {
 				Reason: rapid.SampledFrom([]job.Reason{job.ReasonExit, job.ReasonInfra, job.ReasonCancelled}).Draw(rt, "reason")}}
 		}
 		return Leave{Runner: runner}
+	case 8:
+		return rapid.SampledFrom([]Command{Pause{"p", true}, Pause{"p", false}, Pause{"p", false},
+			Drain{"r1", true}, Drain{"r1", false}, Drain{"r2", false}}).Draw(rt, "staff")
 	case 7:
 		return Cancel{Job: rapid.Int64Range(1, 10).Draw(rt, "job"), By: "ada"}
 	}
 	return Tick{}
+}
+
+func TestCaps(t *testing.T) {
+	p := DefaultPolicy()
+	p.User = Caps{Running: 1, Queued: 3, Daily: 5}
+	w := newWorld(t)
+	w.c = New(p)
+	for range 3 {
+		w.submit("ada", "")
+	}
+	full := Submit{job.Record{Job: job.Job{User: "ada", Pool: "p"}}}
+	if _, err := w.c.Apply(w.now, full); !errors.Is(err, ErrFull) {
+		t.Errorf("fourth waiting job: %v, want ErrFull", err)
+	}
+	w.join("r1")
+	w.join("r2")
+	first := w.c.Effects().Offers
+	if len(first) != 1 {
+		t.Fatalf("%d jobs of one user run, the cap is 1", len(first))
+	}
+	for n, o := 0, first[0]; n < 2; n++ {
+		w.submit("ada", "")
+		w.finish(o, passed)
+		o = w.offer()
+		if o.Runner == "r1" {
+			w.do(Beat{Runner: "r2", Idle: true})
+		} else {
+			w.do(Beat{Runner: "r1", Idle: true})
+		}
+	}
+	if _, err := w.c.Apply(w.now, full); !errors.Is(err, ErrDaily) {
+		t.Errorf("sixth job of the day: %v, want ErrDaily", err)
+	}
+	w.now += 24 * 3600_000
+	if _, err := w.c.Apply(w.now, full); errors.Is(err, ErrDaily) {
+		t.Errorf("first job of the next day: %v", err)
+	}
+}
+
+// TestCapBanksNothing: time behind one's own cap is no credit (the bug that the first
+// run of the research's property test found).
+func TestCapBanksNothing(t *testing.T) {
+	p := DefaultPolicy()
+	p.Team.Running = 1
+	w := newWorld(t)
+	w.c = New(p)
+	for range 50 {
+		w.submit("ada", "capped")
+		w.submit("bob", "b")
+		w.submit("eve", "e")
+	}
+	w.join("r1")
+	w.join("r2")
+	w.join("r3")
+	offers := w.c.Effects().Offers
+	for range 30 { // capped's one job goes on and on
+		w.now += 60_000
+		for i, o := range offers {
+			if o.Team != "capped" {
+				w.finish(o, passed)
+				w.do(Beat{Runner: o.Runner, Idle: true})
+				offers[i] = w.offer()
+			} else {
+				w.do(Beat{Runner: o.Runner, Held: &o.Lease})
+			}
+		}
+	}
+	n := w.c.pool("p").children["capped"]
+	if low := w.c.pool("p").start - p.Burst*1000; n.used < low {
+		t.Errorf("capped team stands at %d, below %d", n.used, low)
+	}
+}
+
+func TestWeights(t *testing.T) {
+	p := DefaultPolicy()
+	p.Weights = map[string]int64{"double": 2}
+	w := newWorld(t)
+	w.c = New(p)
+	for range 300 {
+		w.submit("ada", "double")
+		w.submit("bob", "single")
+	}
+	w.c.Effects()
+	w.join("r1")
+	got := map[string]int{}
+	for range 300 {
+		o := w.offer()
+		got[o.Team]++
+		w.now += 10_000
+		w.finish(o, passed)
+		w.do(Beat{Runner: "r1", Idle: true})
+	}
+	if d := got["double"] - 2*got["single"]; d < -3 || d > 3 {
+		t.Errorf("weights 2 and 1 got %d and %d jobs", got["double"], got["single"])
+	}
+}
+
+func TestPriorityIsOnesOwn(t *testing.T) {
+	w := newWorld(t)
+	low := w.submit("ada", "")
+	high := w.do(Submit{job.Record{Job: job.Job{User: "ada", Pool: "p"}, Spec: job.Spec{Priority: 5, Limits: job.Limits{Time: time.Hour}}}}).(*job.Record).ID
+	other := w.submit("bob", "")
+	order := w.c.Order("p")
+	at := func(id int64) int { return slices.IndexFunc(order, func(r job.Record) bool { return r.ID == id }) }
+	if at(high) > at(low) {
+		t.Error("the job with the higher priority comes after its owner's other one")
+	}
+	if at(other) == 2 {
+		t.Error("one's priority moved somebody else to the end")
+	}
+}
+
+func TestExpressTakesShortJobsOnly(t *testing.T) {
+	p := DefaultPolicy()
+	p.Express = 120_000
+	w := newWorld(t)
+	w.c = New(p)
+	w.submit("ada", "") // an hour
+	w.do(Join{Runner: Runner{ID: "x", Name: "x", Pools: []string{"p"}, Express: true}})
+	w.do(Beat{Runner: "x", Idle: true})
+	if fx := w.c.Effects(); len(fx.Offers) != 0 {
+		t.Fatal("an express slot took an hour's job")
+	}
+	w.do(Submit{job.Record{Job: job.Job{User: "bob", Pool: "p"}, Spec: job.Spec{Limits: job.Limits{Time: 2 * time.Minute}}}})
+	if o := w.offer(); o.User != "bob" {
+		t.Errorf("the express slot took a job of %s, want bob's short one", o.User)
+	}
+}
+
+func TestPauseAndDrainAreRemembered(t *testing.T) {
+	w := newWorld(t)
+	w.join("r1")
+	w.do(Pause{"p", true})
+	w.do(Drain{"r1", true})
+	w.submit("ada", "")
+	w.reload()
+	w.join("r1")
+	w.do(Pause{"p", false})
+	if fx := w.c.Effects(); len(fx.Offers) != 0 {
+		t.Error("a drained runner got a job")
+	}
+	w.do(Drain{"r1", false})
+	w.offer()
+}
+
+func TestForecast(t *testing.T) {
+	w := newWorld(t)
+	w.join("r1")
+	var ids []int64
+	for range 5 {
+		ids = append(ids, w.submit("ada", ""))
+	}
+	w.now += 10_000
+	f, ok := w.c.Forecast(w.now, ids[3])
+	if !ok || f.Position != 3 || f.Of != 4 {
+		t.Fatalf("Forecast = %+v %v, want the third of four", f, ok)
+	}
+	if f.Early <= 0 || f.Late <= f.Early || f.AheadS != 120 {
+		t.Errorf("Forecast = %+v, want a range and 120 GPU-seconds ahead", f)
+	}
+	if _, ok := w.c.Forecast(w.now, ids[0]); ok {
+		t.Error("a running job has a forecast")
+	}
 }

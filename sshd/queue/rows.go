@@ -38,12 +38,19 @@ func Key(id int64) string { return fmt.Sprintf("%016d", id) }
 type metaRow struct {
 	Next  int64  `json:"next"`
 	Fence uint64 `json:"fence"`
+	Turns int64  `json:"turns"`
 }
 
 type nodeRow struct {
-	Used  Millis `json:"used"`
-	Start Millis `json:"start,omitempty"`
-	Guess Millis `json:"guess,omitempty"`
+	Used   int64  `json:"used"`
+	Rem    int64  `json:"rem,omitempty"`
+	Turn   int64  `json:"turn,omitempty"`
+	Start  int64  `json:"start,omitempty"`
+	Guess  Millis `json:"guess,omitempty"`
+	Spread Millis `json:"spread,omitempty"`
+	Day    int64  `json:"day,omitempty"`
+	Today  int    `json:"today,omitempty"`
+	Paused bool   `json:"paused,omitempty"`
 }
 
 type jobRow struct {
@@ -58,10 +65,10 @@ func (c *Core) Flush() []Write {
 	var w []Write
 	put := func(table, key string, v any) { w = append(w, Write{Row: Row{table, key, encode(v)}}) }
 	if c.meta {
-		put(TableMeta, "core", metaRow{c.next, c.fence})
+		put(TableMeta, "core", metaRow{c.next, c.fence, c.turns})
 	}
 	for _, n := range sorted(c.charged, func(n *node) string { return n.key }) {
-		put(TableNode, n.key, nodeRow{n.used, n.start, n.guess})
+		put(TableNode, n.key, nodeRow{n.used, n.rem, n.turn, n.start, n.guess, n.spread, n.day, n.today, n.paused})
 	}
 	for _, r := range sorted(c.met, func(r *Runner) string { return r.ID }) {
 		put(TableRunner, r.ID, r)
@@ -97,7 +104,7 @@ func (c *Core) LoadRow(now Millis, row Row) error {
 	case TableMeta:
 		var m metaRow
 		err = json.Unmarshal(row.Value, &m)
-		c.next, c.fence = m.Next, m.Fence
+		c.next, c.fence, c.turns = m.Next, m.Fence, m.Turns
 	case TableNode:
 		err = c.loadNode(row)
 	case TableRunner:
@@ -120,10 +127,11 @@ func (c *Core) loadNode(row Row) error {
 	}
 	parts := strings.SplitN(row.Key, "/", 3)
 	n := c.pool(parts[0])
-	for i, name := range parts[1:] {
-		n = n.child(name, i == 0)
+	for _, name := range parts[1:] {
+		n = c.child(n, name)
 	}
-	n.used, n.start, n.guess = r.Used, r.Start, r.Guess
+	n.used, n.rem, n.turn, n.start, n.guess, n.spread = r.Used, r.Rem, r.Turn, r.Start, r.Guess, r.Spread
+	n.day, n.today, n.paused = r.Day, r.Today, r.Paused
 	return nil
 }
 
@@ -134,10 +142,20 @@ func (c *Core) loadJob(now Millis, row Row) error {
 	}
 	e := &entry{Record: r.Record, granted: r.Granted, charge: r.Charge, heard: now}
 	c.jobs[e.ID] = e
+	u := c.nodeOf(e)
 	if e.State == job.Queued {
+		for n := u; n != nil; n = n.parent { // counted without a lift: its node's row has that
+			n.queued++
+		}
 		c.insert(e)
+		settlePlaces(u)
 		return nil
 	}
+	c.active[e.ID] = e
+	for n := u; n != nil; n = n.parent {
+		n.running++
+	}
+	settlePlaces(u)
 	if h := c.runners[e.Holder]; h != nil {
 		h.Job = e.ID
 	}

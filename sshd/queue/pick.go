@@ -1,0 +1,322 @@
+package queue
+
+import (
+	"cmp"
+	"container/heap"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/rai-project/raid/runner/job"
+)
+
+// This file is the order jobs start in. Jobs of a pool that need the same of a runner
+// form a class; a class keeps its tenants, each tenant its users, each user their jobs
+// in heaps, so that a decision costs the logarithm of what waits. A runner looks at
+// the head of every class it can serve, and there are few classes.
+
+// needs is what a job asks of a runner.
+type needs struct {
+	pool, arch, model string
+	gpu, short        bool
+	memoryMB          int64
+}
+
+func (c *Core) needs(rec *job.Record) needs {
+	s := &rec.Spec
+	return needs{pool: rec.Pool, arch: s.CPUArch, model: strings.ToLower(s.GPUModel), gpu: s.GPUs > 0, memoryMB: s.GPUMemoryMB,
+		short: c.policy.Express > 0 && s.Limits.Time > 0 && s.Limits.Time.Milliseconds() <= c.policy.Express}
+}
+
+// A class is the jobs of one pool with the same needs.
+type class struct {
+	needs   needs
+	tenants places
+}
+
+// A place is a node's stand in one class: a tenant's holds places of users, a user's
+// holds jobs. It is in the heap above exactly while its node is eligible and there is
+// something in it.
+type place struct {
+	node  *node
+	class *class
+	up    *place // the tenant's, nil for a tenant
+	users places
+	jobs  entries
+	index int // in the heap above; -1 outside
+}
+
+// head is the job that starts when this place is next.
+func (p *place) head() *entry {
+	if p.up != nil {
+		return p.jobs.first()
+	}
+	if len(p.users) == 0 {
+		return nil
+	}
+	return p.users[0].head()
+}
+
+func (p *place) heap() *places {
+	if p.up != nil {
+		return &p.up.users
+	}
+	return &p.class.tenants
+}
+
+// settle puts p where it belongs after its jobs or its node's numbers changed.
+func (p *place) settle() {
+	in := p.node.eligible() && p.head() != nil
+	switch h := p.heap(); {
+	case in && p.index < 0:
+		heap.Push(h, p)
+	case in:
+		heap.Fix(h, p.index)
+	case p.index >= 0:
+		heap.Remove(h, p.index)
+	}
+}
+
+// placeOf returns a node's place in a class, made when it is new.
+func placeOf(n *node, cl *class) *place {
+	for _, p := range n.places {
+		if p.class == cl {
+			return p
+		}
+	}
+	p := &place{node: n, class: cl, index: -1}
+	if n.parent.parent != nil {
+		p.up = placeOf(n.parent, cl)
+	}
+	n.places = append(n.places, p)
+	return p
+}
+
+// classOf returns the class of a job, made when it is new.
+func (c *Core) classOf(e *entry) *class {
+	want := c.needs(&e.Record)
+	for _, cl := range c.classes {
+		if cl.needs == want {
+			return cl
+		}
+	}
+	cl := &class{needs: want}
+	c.classes = append(c.classes, cl)
+	return cl
+}
+
+// enqueue puts a job that turned eligible in its user's queue.
+func (c *Core) enqueue(e *entry) {
+	u := c.nodeOf(e)
+	c.count(u, 1, 0)
+	c.insert(e)
+	settlePlaces(u)
+}
+
+// insert puts a job among its user's queued jobs, without counting it.
+func (c *Core) insert(e *entry) {
+	e.place = placeOf(c.nodeOf(e), c.classOf(e))
+	heap.Push(&e.place.jobs, e)
+}
+
+// dequeue takes a job out of its user's queue if it stands there.
+func (c *Core) dequeue(e *entry) {
+	if e.place == nil {
+		return
+	}
+	heap.Remove(&e.place.jobs, e.index)
+	e.place = nil
+	c.count(c.nodeOf(e), -1, 0)
+	settlePlaces(c.nodeOf(e))
+}
+
+// dispatch gives idle runners work until nobody idle can take any of it.
+func (c *Core) dispatch(now Millis) {
+	if len(c.idlers) == 0 || c.nothingWaits() {
+		return
+	}
+	for _, r := range slices.Clone(c.idlers) { // a grant takes its runner out
+		if r.Draining || r.Drained {
+			continue
+		}
+		if e := c.pick(r); e != nil {
+			c.grant(e, r, now)
+		}
+	}
+}
+
+func (c *Core) nothingWaits() bool {
+	for _, p := range c.pools {
+		if p.queued > 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// pick returns the job r runs next, nil for none: in the first of its pools that has
+// any, by the smallest virtual time of tenant and then user.
+func (c *Core) pick(r *Runner) *entry {
+	for _, pool := range r.Pools {
+		if p := c.pools[pool]; p == nil || p.queued == 0 || p.paused {
+			continue
+		}
+		var best *entry
+		for _, cl := range c.classes {
+			if cl.needs.pool != pool || len(cl.tenants) == 0 || r.lacks(&cl.needs) != "" {
+				continue
+			}
+			if e := cl.tenants[0].head(); best == nil || before(e, best) {
+				best = e
+			}
+		}
+		if best != nil {
+			return best
+		}
+	}
+	return nil
+}
+
+// before reports whether a starts before b, which may stand in another class.
+func before(a, b *entry) bool {
+	ua, ub := a.place.node, b.place.node
+	switch {
+	case ua == ub:
+		return a.rank(b) < 0
+	case ua.parent == ub.parent:
+		return ua.compare(ub) < 0
+	}
+	return ua.parent.compare(ub.parent) < 0
+}
+
+// rank orders the jobs of one user: one that failed without its fault first, then as
+// the user wants, then first come first served.
+func (e *entry) rank(o *entry) int {
+	return cmp.Or(
+		-cmp.Compare(b2i(e.Attempt > 0), b2i(o.Attempt > 0)),
+		-cmp.Compare(e.Spec.Priority, o.Spec.Priority),
+		cmp.Compare(e.ID, o.ID))
+}
+
+// CanRun reports whether a runner has what a job needs.
+func (r *Runner) CanRun(rec *job.Record, p Policy) bool { return r.Lacks(rec, p) == "" }
+
+// Lacks says in words what a runner lacks for a job, "" for nothing.
+func (r *Runner) Lacks(rec *job.Record, p Policy) string {
+	n := (&Core{policy: p}).needs(rec)
+	if !slices.Contains(r.Pools, rec.Pool) {
+		return "is not in pool " + rec.Pool
+	}
+	return r.lacks(&n)
+}
+
+func (r *Runner) lacks(n *needs) string {
+	switch {
+	case r.Express && !n.short:
+		return "takes short jobs only"
+	case n.arch != "" && n.arch != r.Arch:
+		return fmt.Sprintf("is %s, not %s", r.Arch, n.arch)
+	case n.gpu && len(r.GPUs) == 0:
+		return "has no GPU"
+	case n.gpu && n.memoryMB > 0 && r.GPUMemoryMB < n.memoryMB:
+		return fmt.Sprintf("has %d MiB of GPU memory, not %d", r.GPUMemoryMB, n.memoryMB)
+	case n.gpu && n.model != "" && !slices.ContainsFunc(r.GPUs, func(m string) bool { return strings.Contains(strings.ToLower(m), n.model) }):
+		return "has no " + n.model
+	}
+	return ""
+}
+
+// grant leases a job to a runner and charges the estimate.
+func (c *Core) grant(e *entry, r *Runner, now Millis) {
+	c.dequeue(e)
+	c.fence++
+	c.meta = true
+	e.State, e.Fence, e.Holder, e.Runner, e.Engine = job.Running, c.fence, r.ID, r.Name, r.Engine
+	e.Attempt++
+	e.Spec.GPUs = min(e.Spec.GPUs, len(r.GPUs))
+	e.StartedAt = at(now)
+	e.QueueWaitMS = max(0, now-e.QueuedAt.UnixMilli())
+	e.heard, e.granted, e.charge = now, now, 0
+	c.setIdle(r, false)
+	r.Job = e.ID
+	c.active[e.ID] = e
+	u := c.nodeOf(e)
+	c.started(u)
+	c.count(u, 0, 1)
+	c.charge(e, c.estimate(e)*e.gpus())
+	c.changed(e)
+	c.out.Offers = append(c.out.Offers, Offer{Runner: r.ID, Offer: e.offer()})
+}
+
+func (e *entry) offer() job.Offer {
+	o := job.Offer{Lease: e.lease(), Attempt: e.Attempt, User: e.User, Team: e.Team,
+		Pool: e.Pool, Spec: e.Spec, Source: e.Source != ""}
+	if e.Attempt > 1 {
+		o.Say = fmt.Sprintf("attempt %d: %s", e.Attempt, e.Note)
+	}
+	return o
+}
+
+// places is a heap of places by virtual time.
+type places []*place
+
+func (h places) Len() int           { return len(h) }
+func (h places) Less(i, j int) bool { return h[i].node.compare(h[j].node) < 0 }
+func (h places) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].index, h[j].index = i, j
+}
+func (h *places) Push(x any) {
+	p := x.(*place)
+	p.index = len(*h)
+	*h = append(*h, p)
+}
+func (h *places) Pop() any {
+	old := *h
+	p := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	p.index = -1
+	return p
+}
+
+// entries is a heap of one user's jobs of one class.
+type entries []*entry
+
+func (h entries) Len() int           { return len(h) }
+func (h entries) Less(i, j int) bool { return h[i].rank(h[j]) < 0 }
+func (h entries) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].index, h[j].index = i, j
+}
+func (h *entries) Push(x any) {
+	e := x.(*entry)
+	e.index = len(*h)
+	*h = append(*h, e)
+}
+func (h *entries) Pop() any {
+	old := *h
+	e := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	e.index = -1
+	return e
+}
+
+func (h entries) first() *entry {
+	if len(h) == 0 {
+		return nil
+	}
+	return h[0]
+}
+
+// day is the number of a UTC day.
+func day(now Millis) int64 { return now / (24 * time.Hour).Milliseconds() }
