@@ -338,7 +338,10 @@ func (f *follower) finish(ctx context.Context) (int, error) {
 	if rec.Archive != "" {
 		f.say("/build is kept: ssh … output %d | tar xf -", rec.ID)
 	}
-	f.say("job %d %s%s", rec.ID, verdict(&rec), timing(&rec))
+	if !rec.StartedAt.IsZero() {
+		f.say("%s", timing(&rec))
+	}
+	f.say("job %d %s", rec.ID, verdict(&rec))
 	return *rec.Exit, nil
 }
 
@@ -360,10 +363,7 @@ func (f *follower) ended(ctx context.Context) (job.Record, error) {
 }
 
 func timing(rec *job.Record) string {
-	if rec.StartedAt.IsZero() {
-		return ""
-	}
-	s := " · ran " + ms(rec.RunMS) + " · waited " + ms(rec.QueueWaitMS) + " · " + clean(rec.Runner)
+	s := "ran " + ms(rec.RunMS) + " · waited " + ms(rec.QueueWaitMS) + " · " + clean(rec.Runner)
 	if rec.GPU != "" {
 		s += " · " + clean(rec.GPU)
 	}

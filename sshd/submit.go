@@ -232,7 +232,11 @@ const hintAfter = 5 * time.Second
 // hinted is stdin with a hint to whoever typed `ssh host submit` and waits. stop
 // must be called when reading is over.
 func (c *call) hinted() (in io.Reader, stop func()) {
-	t := time.AfterFunc(hintAfter, func() { c.say("waiting for a tar on stdin; %s", uploadHint) })
+	hint := uploadHint
+	if c.tail != "" {
+		hint = "without files, end the command with </dev/null"
+	}
+	t := time.AfterFunc(hintAfter, func() { c.say("waiting for a tar on stdin; %s", hint) })
 	return &firstRead{r: c.Session, first: sync.OnceFunc(func() { t.Stop() })}, func() { t.Stop() }
 }
 

@@ -37,7 +37,7 @@ func main() {
 			Run: func(cmd *cobra.Command, _ []string) {
 				fmt.Fprintln(cmd.OutOrStdout(), "rai-crypto", cli.Built(buildTime))
 			}})
-	cli.Exit("rai-crypto", root.Execute(), cli.Input)
+	cli.Exit("rai-crypto", cli.PlainUsage(root).Execute(), cli.Input)
 }
 
 func encryptCommand() *cobra.Command {

@@ -332,10 +332,14 @@ func (o *options) taken(t *ticket, a answer, c *dial.Client, target dial.Target,
 	if team == "-" {
 		team = ""
 	}
+	server := o.public
+	if server == "" {
+		server = target.User + "@" + target.Addr
+	}
 	p := &profile.Profile{
 		FirstName: t.First, LastName: t.Last, Username: t.User, Email: t.Email, Affiliation: t.Affiliation,
 		Role: strings.ToLower(string(t.Role)), Team: profile.Team{Name: team},
-		Server: target.User + "@" + target.Addr, Key: t.keyFile,
+		Server: server, Key: t.keyFile,
 		HostKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(c.HostKey()))),
 	}
 	if !write {

@@ -43,7 +43,7 @@ func main() {
 // run is the program. It prints the error itself.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	stderr = cli.Locked(stderr)
-	root := command(stdout, stderr)
+	root := cli.PlainUsage(command(stdout, stderr))
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
@@ -54,13 +54,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // options are the flags.
 type options struct {
-	person                       keys.Enrollment
-	role                         string
-	list, pub                    string
-	server, identity, known, out string
-	secret                       string
-	color, verbose, debug        bool
-	stdout, stderr               io.Writer
+	person                keys.Enrollment
+	role                  string
+	list, pub             string
+	server, public        string // to talk to, and as profiles have it
+	identity, known, out  string
+	secret                string
+	color, verbose, debug bool
+	stdout, stderr        io.Writer
 }
 
 func command(stdout, stderr io.Writer) *cobra.Command {
@@ -69,7 +70,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 		Use:   "rai-keygen",
 		Short: "Makes keys and enrols their owners with raid",
 		Example: `  rai-keygen --server rai@127.0.0.1:2222 -i DIR/admin -u ada -e ada@example.edu -r student -t team7 --out KEYS
-  rai-keygen --server rai@127.0.0.1:2222 -i DIR/admin -l class.csv --out KEYS`,
+  rai-keygen --server rai@127.0.0.1:2222 --public rai@gpu.example.edu:2222 -i DIR/admin -l class.csv --out KEYS`,
 		Args:          noArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -83,7 +84,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 	f := root.Flags()
 	f.StringVarP(&o.person.User, "username", "u", "", "name of the user")
 	f.StringVarP(&o.person.Email, "email", "e", "", "e-mail address")
-	f.StringVarP(&o.role, "role", "r", "", "role: student, power, staff, admin or one of raid.toml's")
+	f.StringVarP(&o.role, "role", "r", "", "role: student, power, staff or admin")
 	f.StringVarP(&o.person.First, "firstname", "f", "", "first name")
 	f.StringVar(&o.person.Last, "lastname", "", "last name")
 	f.StringVar(&o.person.Affiliation, "affiliation", "", "affiliation")
@@ -94,6 +95,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 	f.StringVar(&o.pub, "pub", "", "enrol this public key instead of making one")
 	p := root.PersistentFlags()
 	p.StringVarP(&o.server, "server", "S", os.Getenv("RAI_SERVER"), "raid, as rai@host:port (default: RAI_SERVER)")
+	f.StringVar(&o.public, "public", "", "raid's address in the profiles, as rai@host:port (default: --server's)")
 	p.StringVarP(&o.identity, "identity", "i", "", "private key to log in with (default: ssh-agent, ~/.ssh)")
 	p.StringVar(&o.known, "known-hosts", "", "file with raid's host key (default: host_key.pub beside -i, ~/.ssh/known_hosts)")
 	p.StringVar(&o.out, "out", ".", "folder for the keys and profiles")
@@ -138,6 +140,11 @@ func (o *options) connect(ctx context.Context) (*dial.Client, dial.Target, error
 	}
 	if o.server == "" {
 		return nil, dial.Target{}, cli.Usagef("--server rai@host:2222", "no server named")
+	}
+	if o.public != "" {
+		if _, err := dial.Parse(o.public); err != nil {
+			return nil, dial.Target{}, cli.Usagef("--public rai@host:2222", "--public: %w", err)
+		}
 	}
 	t, err := dial.Parse(o.server)
 	if err != nil {

@@ -101,7 +101,7 @@ func (a *app) run(ctx context.Context, args []string) int {
 	if i := slices.Index(args, "--"); i >= 0 {
 		args, a.tail, a.dashed = args[:i], args[i+1:], true
 	}
-	root := a.command()
+	root := cli.PlainUsage(a.command())
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
@@ -161,10 +161,6 @@ var passed = [...]struct{ use, short string }{
 	{"source JOB", "what was submitted, as a tar on stdout"},
 	{"why JOB", "what a job waits for"},
 	{"runners", "the machines"},
-	{"rankings [NAME]", "the rankings"},
-	{"submissions", "your submissions"},
-	{"keys list|add|remove|import", "your keys"},
-	{"enroll CODE", "become a user"},
 	{"whoami", "who raid thinks you are"},
 	{"admin ...", "for staff"},
 }

@@ -273,7 +273,7 @@ func (b *bench) join(r *raid) {
 		b.Fatal(err)
 	}
 	cmd := exec.Command(filepath.Join(b.bin, "raid"), "runner", "--state", filepath.Join(b.dir, "far"), "--server", "rai@127.0.0.1:"+r.port,
-		"-i", filepath.Join(out, "far"), "--known-hosts", known, "--config", r.state+".toml", "--name", "far")
+		"-i", filepath.Join(out, "runner-far"), "--known-hosts", known, "--config", r.state+".toml", "--name", "far")
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}

@@ -25,7 +25,7 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "shim" { // before anything else: a box counts its milliseconds
 		os.Exit(shim.Main())
 	}
-	cli.Exit("raid", root().Execute(), 1)
+	cli.Exit("raid", cli.PlainUsage(root()).Execute(), 1)
 }
 
 func root() *cobra.Command {

@@ -6,14 +6,17 @@
 package cli
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
 	"github.com/rai-project/raid/keys"
@@ -109,6 +112,22 @@ func (l *locked) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.w.Write(p)
+}
+
+// PlainUsage makes the help of a command, and of those below it, say "--flag" where
+// pflag would say "--flag[=true|false]".
+func PlainUsage(root *cobra.Command) *cobra.Command {
+	usage := root.UsageFunc()
+	root.SetUsageFunc(func(cmd *cobra.Command) error {
+		var text bytes.Buffer
+		out := cmd.OutOrStderr()
+		cmd.SetOut(&text)
+		err := usage(cmd)
+		cmd.SetOut(out)
+		io.WriteString(out, strings.ReplaceAll(text.String(), "[=true|false]", "             ")) // as wide
+		return err
+	})
+	return root
 }
 
 // AskPassphrase asks the person at the terminal for a key's passphrase.
