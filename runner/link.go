@@ -133,9 +133,12 @@ func readCalls(ctx context.Context, s *dial.Session, calls chan<- job.Call) erro
 
 func (r *Runner) hello() job.Hello {
 	h := job.Hello{Protocol: job.Protocol, Name: r.Name, Pools: r.Pools, Engine: r.Engine.Name(),
-		Arch: r.Arch, Weakness: r.Engine.Weakness(), Draining: r.draining()}
+		Arch: r.Arch, Weakness: r.Engine.Weakness(), Express: r.Express, Draining: r.draining()}
 	for _, g := range r.GPUs {
 		h.GPUs = append(h.GPUs, g.Model)
+		if h.GPUMemoryMB == 0 || g.MemoryMB < h.GPUMemoryMB {
+			h.GPUMemoryMB = g.MemoryMB
+		}
 	}
 	if a := r.holding(); a != nil {
 		h.Held = &a.offer.Lease

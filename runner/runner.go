@@ -30,17 +30,18 @@ import (
 
 // Config says what a runner is. Every field but the last two is required.
 type Config struct {
-	Dir    string // its state folder; the caller holds its lock
-	Name   string // what users see
-	Pools  []string
-	Arch   string // GOARCH
-	Engine box.Engine
-	GPUs   []gpu.Device
-	Limits job.Limits // of a warm box, until an order brings its own
-	Dial   func(context.Context) (*dial.Client, error)
-	Orphan time.Duration // how long a job may run without a word from raid
-	Warm   bool          // keep one started box waiting
-	Logf   func(format string, args ...any)
+	Dir     string // its state folder; the caller holds its lock
+	Name    string // what users see
+	Pools   []string
+	Arch    string // GOARCH
+	Engine  box.Engine
+	GPUs    []gpu.Device
+	Limits  job.Limits // of a warm box, until an order brings its own
+	Dial    func(context.Context) (*dial.Client, error)
+	Orphan  time.Duration // how long a job may run without a word from raid
+	Warm    bool          // keep one started box waiting
+	Express bool          // take short jobs only
+	Logf    func(format string, args ...any)
 }
 
 // Why an attempt's context ends.

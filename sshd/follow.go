@@ -26,6 +26,8 @@ type event struct {
 	SHA256   string    `json:"source_sha256,omitempty"`
 	Kind     string    `json:"kind,omitempty"`
 	Position int       `json:"position,omitempty"`
+	EarlyS   int64     `json:"eta_early_s,omitempty"` // the job starts between these
+	LateS    int64     `json:"eta_late_s,omitempty"`
 	Runner   string    `json:"runner,omitempty"`
 	Attempt  int       `json:"attempt,omitempty"`
 	Data     string    `json:"data,omitempty"`
@@ -173,13 +175,13 @@ func (f *follower) pause(ctx context.Context, bell, moved <-chan struct{}) (rec 
 // position says a place in the queue when it has changed.
 func (f *follower) position(ctx context.Context, rec *job.Record, last int) (int, error) {
 	why, err := f.s.reason(ctx, rec)
-	if err != nil || why.Position == last {
+	if err != nil || why.Position == 0 || why.Position == last {
 		return last, err
 	}
-	f.event(event{Event: "position", Position: why.Position})
+	f.event(event{Event: "position", Position: why.Position, EarlyS: why.EarlyS, LateS: why.LateS})
 	if !f.jsonOut() {
 		f.say("%s", why.line())
-		if why.Runners == 0 && last == 0 {
+		if last == 0 && (why.Runners == 0 || len(why.HeldBy) > 0) {
 			for _, line := range why.Words[1:] {
 				f.say("%s", line)
 			}

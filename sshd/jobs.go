@@ -272,7 +272,7 @@ func runnerState(r *queue.Runner) string {
 		return "away"
 	case r.Job != 0:
 		return "busy"
-	case r.Draining:
+	case r.Draining || r.Drained:
 		return "draining"
 	case r.Idle:
 		return "idle"
@@ -388,81 +388,4 @@ func runSource(ctx context.Context, c *call) (int, error) {
 func (c *call) send(r io.Reader) error {
 	_, err := io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{r}, make([]byte, 256<<10))
 	return err
-}
-
-// A reasoning is what why says.
-type reasoning struct {
-	*job.Job
-	Position int      `json:"position,omitempty"`
-	Ahead    int      `json:"ahead"`
-	Running  int      `json:"running"`
-	Runners  int      `json:"runners"` // connected ones that could take it
-	Words    []string `json:"words"`
-}
-
-// line is where a queued job stands, in one line.
-func (why *reasoning) line() string {
-	if why.Ahead == 0 && why.Running == 0 {
-		return "you are next in " + why.Pool
-	}
-	return fmt.Sprintf("%s ahead of you in %s, %d running", count(why.Ahead, "job"), why.Pool, why.Running)
-}
-
-func runWhy(ctx context.Context, c *call) (int, error) {
-	rec, err := c.job(ctx, c.args[0])
-	if err != nil {
-		return 0, err
-	}
-	why, err := c.s.reason(ctx, &rec)
-	if err != nil {
-		return 0, err
-	}
-	if c.json() {
-		return 0, c.emit(why)
-	}
-	for _, line := range why.Words {
-		fmt.Fprintln(c, line)
-	}
-	return 0, nil
-}
-
-// reason explains where a job stands.
-func (s *Server) reason(ctx context.Context, rec *job.Record) (why reasoning, err error) {
-	why.Job = &rec.Job
-	if rec.State.Final() {
-		why.Words = []string{fmt.Sprintf("job %d %s", rec.ID, verdict(rec))}
-		return why, nil
-	}
-	if rec.State != job.Queued {
-		why.Words = []string{fmt.Sprintf("job %d is %s on %s since %s", rec.ID, rec.State, rec.Runner, ago(rec.StartedAt.Time))}
-		return why, nil
-	}
-	var lacks []string
-	err = s.brain.View(ctx, func(q *queue.Core) {
-		for i, other := range q.Order(rec.Pool) {
-			if other.ID == rec.ID {
-				why.Position, why.Ahead = i+1, i
-			}
-		}
-		for _, other := range q.Jobs() {
-			if other.Pool == rec.Pool && other.State != job.Queued {
-				why.Running++
-			}
-		}
-		for _, r := range q.Runners() {
-			if l := r.Lacks(rec); l != "" {
-				lacks = append(lacks, fmt.Sprintf("runner %s %s", r.Name, l))
-			} else if r.Connected && !r.Draining {
-				why.Runners++
-			}
-		}
-	})
-	why.Words = []string{fmt.Sprintf("job %d waits in %s: %s ahead of it, %d running", rec.ID, rec.Pool, count(why.Ahead, "job"), why.Running)}
-	if why.Runners == 0 {
-		why.Words = append(why.Words, "no runner that can take it is connected; it starts when one is")
-		why.Words = append(why.Words, lacks...)
-	} else {
-		why.Words = append(why.Words, fmt.Sprintf("%s can take it; teams run in turn, by GPU time used", count(why.Runners, "runner")))
-	}
-	return why, err
 }

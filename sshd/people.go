@@ -6,10 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/queue"
 )
 
 // A self is what whoami says.
@@ -104,12 +106,47 @@ func runBuildtime(_ context.Context, c *call) (int, error) {
 	return 0, err
 }
 
-// runAdmin is the staff's corner. enroll reads one keys.Enrollment a line and answers
-// each with one line, so that a class list is one session.
+// runAdmin is the staff's corner.
 func runAdmin(ctx context.Context, c *call) (int, error) {
-	if c.args[0] != "enroll" {
-		return 0, failf(job.ExitUsage, "there is: ssh … admin enroll", "no command admin %s", quote(c.args[0]))
+	verb, rest := c.args[0], c.args[1:]
+	switch {
+	case verb == "enroll" && len(rest) == 0:
+		return runEnroll(ctx, c)
+	case (verb == "pause" || verb == "resume") && len(rest) == 1:
+		return runPause(ctx, c, rest[0], verb == "pause")
+	case (verb == "drain" || verb == "undrain") && len(rest) == 1:
+		return runDrain(ctx, c, rest[0], verb == "drain")
 	}
+	return 0, failf(job.ExitUsage, "usage: ssh … admin "+c.cmd.usage, "no command admin %s with %s", quote(verb), count(len(rest), "word"))
+}
+
+// runPause lets nothing start in a pool, or lifts that; what runs goes on.
+func runPause(ctx context.Context, c *call, pool string, on bool) (int, error) {
+	if !slices.Contains(c.s.Pools, pool) {
+		return 0, failf(job.ExitInput, "the pools are: "+join(c.s.Pools), "no pool %s", quote(pool))
+	}
+	if _, err := c.s.brain.Do(ctx, queue.Pause{Pool: pool, On: on}); err != nil {
+		return 0, err
+	}
+	c.s.Log.Info("pool", "pool", pool, "paused", on, "by", c.Who.User)
+	return 0, nil
+}
+
+// runDrain lets a runner take nothing new, or lifts that.
+func runDrain(ctx context.Context, c *call, name string, on bool) (int, error) {
+	n, err := c.s.brain.Do(ctx, queue.Drain{Name: name, On: on})
+	if err == nil && n == 0 {
+		err = failf(job.ExitInput, "they are listed by: ssh … runners", "no runner %s", quote(name))
+	}
+	if err == nil {
+		c.s.Log.Info("runner", "runner", name, "drained", on, "by", c.Who.User)
+	}
+	return 0, err
+}
+
+// runEnroll reads one keys.Enrollment a line and answers each with one line, so that
+// a class list is one session.
+func runEnroll(ctx context.Context, c *call) (int, error) {
 	lines := bufio.NewScanner(c)
 	lines.Buffer(nil, 64<<10)
 	status := 0

@@ -45,7 +45,8 @@ func runJoin(ctx context.Context, c *call) (int, error) {
 			"runner speaks protocol %d, raid speaks %d", h.Protocol, job.Protocol)
 	}
 	link, err := c.s.brain.Join(ctx, queue.Runner{ID: c.Who.Fingerprint, Name: clean(h.Name), Pools: h.Pools,
-		Engine: h.Engine, Arch: h.Arch, GPUs: h.GPUs, Weakness: h.Weakness}, h.Held)
+		Engine: h.Engine, Arch: h.Arch, GPUs: h.GPUs, GPUMemoryMB: h.GPUMemoryMB,
+		Express: h.Express, Weakness: h.Weakness}, h.Held)
 	if err != nil {
 		return 0, err
 	}

@@ -23,6 +23,8 @@ func submitFlags(f *pflag.FlagSet) {
 	f.StringP("queue", "q", "", "the `POOL` to run in, a queue in RAI's words")
 	f.String("as", "run", "the `KIND` it counts as: run, m1, m2, final, …")
 	f.Int("gpus", -1, "`N` GPUs, instead of what the build file says")
+	f.Int("priority", 0, "among your own waiting jobs: higher ones first")
+	f.String("gpu-model", "", "only a GPU whose name holds this, like v100")
 	f.String("name", "", "`TEXT` of your own, shown in listings")
 	f.Duration("timeout", 0, "a shorter time limit `D`: 90s, 10m")
 	f.Bool("tty", false, "give the job a terminal for its stdout")
@@ -100,7 +102,7 @@ func entriesWord(n int) string {
 func (c *call) enqueue(ctx context.Context, rec *job.Record, r *receipt) (int, error) {
 	reply, err := c.s.brain.Do(ctx, queue.Submit{Record: *rec})
 	if err != nil {
-		return 0, err
+		return 0, capped(err)
 	}
 	*rec = *reply.(*job.Record)
 	c.say("job %d queued as %s in %s", rec.ID, rec.Kind, rec.Pool)
@@ -118,6 +120,17 @@ func (c *call) enqueue(ctx context.Context, rec *job.Record, r *receipt) (int, e
 	f := &follower{call: c, id: rec.ID, owner: true, status: true}
 	f.event(event{Event: "queued", T: job.At(r.at), SHA256: rec.SourceSHA256, Kind: rec.Kind})
 	return f.run(ctx)
+}
+
+// capped says which cap keeps a job from being queued.
+func capped(err error) error {
+	switch {
+	case errors.Is(err, queue.ErrFull):
+		return failf(job.ExitTryLater, "wait until some have run, or cancel what you no longer need", "%s", err)
+	case errors.Is(err, queue.ErrDaily):
+		return failf(job.ExitTryLater, "the count begins anew at midnight UTC", "%s", err)
+	}
+	return err
 }
 
 // checkWords checks what the flags say before anything is uploaded.
@@ -320,6 +333,9 @@ func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error
 		return err
 	}
 	c.memory(&rec.Spec, b)
+	if rec.Spec.Priority, _ = c.flags.GetInt("priority"); rec.Spec.Priority < -100 || rec.Spec.Priority > 100 {
+		return failf(job.ExitUsage, "", "submit: --priority goes from -100 to 100")
+	}
 	return c.gpus(ctx, rec, b, lim)
 }
 
@@ -361,8 +377,9 @@ func (c *call) time(s *job.Spec, b *job.Build) error {
 func (c *call) gpus(ctx context.Context, rec *job.Record, b *job.Build, lim Limits) error {
 	n := 0
 	if b.GPU != nil {
-		n, rec.Spec.GPUArch = b.GPU.Count, b.GPU.Arch
+		n, rec.Spec.GPUArch, rec.Spec.GPUMemoryMB = b.GPU.Count, b.GPU.Arch, b.GPU.MemoryMB
 	}
+	rec.Spec.GPUModel = c.flag("gpu-model")
 	if asked, err := c.flags.GetInt("gpus"); err == nil && c.flags.Changed("gpus") {
 		n = asked
 	}
@@ -393,7 +410,7 @@ func (c *call) fits(ctx context.Context, rec *job.Record) error {
 			if !r.Connected && time.Since(time.UnixMilli(r.Seen)) > lastSeen {
 				continue
 			}
-			if l := r.Lacks(rec); l != "" {
+			if l := q.Lacks(&r, rec); l != "" {
 				lacks = append(lacks, r.Name+" "+l)
 				continue
 			}

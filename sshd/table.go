@@ -60,8 +60,8 @@ func table() []command {
 		{name: "version", role: keys.Guest, flags: jsonFlag, run: runVersion, about: "which raid this is"},
 		{name: "buildtime", role: keys.Guest, run: runBuildtime, about: "when this raid was built"},
 		{name: "help", role: keys.Guest, usage: "[COMMAND]", args: [2]int{0, 1}, run: runHelp, about: "this list, or one command in full"},
-		{name: "admin", role: keys.Staff, usage: "enroll", args: [2]int{1, -1}, hidden: true, run: runAdmin,
-			about: "enrol people: one JSON object a line on stdin (rai-keygen speaks this)"},
+		{name: "admin", role: keys.Staff, usage: "enroll | pause POOL | resume POOL | drain RUNNER | undrain RUNNER", args: [2]int{1, -1}, hidden: true, run: runAdmin,
+			about: "for staff: enrol people (rai-keygen speaks this), hold back pools and runners"},
 		{name: "runner", role: keys.Runner, usage: "join | source JOB FENCE | attempt JOB FENCE", args: [2]int{1, 3}, hidden: true, run: runRunner,
 			about: "what runners say to raid"},
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/rai-project/raid/keys/secret"
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/sshd"
+	"github.com/rai-project/raid/sshd/queue"
 	"github.com/rai-project/raid/sshd/stream"
 )
 
@@ -43,7 +44,19 @@ type authConfig struct {
 }
 
 type queueConfig struct {
-	Store string `toml:"store"` // "sqlite"
+	Store   string           `toml:"store"`   // "sqlite"
+	Burst   duration         `toml:"burst"`   // GPU time of credit for a team that comes back
+	Express duration         `toml:"express"` // time limit of the jobs that express slots take; 0: none
+	User    capsConfig       `toml:"user"`    // of every user
+	Team    capsConfig       `toml:"team"`    // of every team
+	Weights map[string]int64 `toml:"weights"` // share of a team, 1 to 1000
+}
+
+// capsConfig bounds what somebody has at once; 0 is no bound.
+type capsConfig struct {
+	Running int `toml:"running"`
+	Queued  int `toml:"queued"`
+	Daily   int `toml:"daily"`
 }
 
 type mirrorConfig struct {
@@ -53,8 +66,9 @@ type mirrorConfig struct {
 }
 
 type runnersConfig struct {
-	Local  any      `toml:"local"`  // "auto", or how many
-	Orphan duration `toml:"orphan"` // how long a job runs without a word from raid
+	Local   any      `toml:"local"`   // "auto", or how many
+	Orphan  duration `toml:"orphan"`  // how long a job runs without a word from raid
+	Express int      `toml:"express"` // how many of the local ones take short jobs only
 }
 
 type boxConfig struct {
@@ -101,7 +115,7 @@ func defaults() config {
 		Listen:  ":2222",
 		State:   "/var/lib/raid",
 		Auth:    authConfig{Guests: true},
-		Queue:   queueConfig{Store: "sqlite"},
+		Queue:   queueConfig{Store: "sqlite", Burst: duration(time.Minute)},
 		Mirror:  mirrorConfig{PerJob: 1 << 20, Keep: duration(time.Hour)},
 		Runners: runnersConfig{Local: "auto", Orphan: duration(30 * time.Minute)},
 		Box:     boxConfig{Engine: "auto", Warm: 1},
@@ -154,6 +168,14 @@ func (c *config) check() error {
 	if c.Box.Warm < 0 || c.Box.Warm > 1 {
 		return fmt.Errorf("[box] warm = %d: it is 0 or 1", c.Box.Warm)
 	}
+	if c.Runners.Express > 0 && c.Queue.Express == 0 {
+		return errors.New("[runners] express needs [queue] express, the time limit of short jobs")
+	}
+	for team, w := range c.Queue.Weights {
+		if w < 1 || w > 1000 {
+			return fmt.Errorf("[queue.weights] %s = %d: it is 1 to 1000", team, w)
+		}
+	}
 	if c.Limits.Time <= 0 {
 		return errors.New("[limits] time must be positive")
 	}
@@ -171,6 +193,14 @@ func (c *config) check() error {
 		}
 	}
 	return nil
+}
+
+// policy is what the queue goes by.
+func (c *config) policy() queue.Policy {
+	p := queue.DefaultPolicy()
+	p.Burst, p.Express = time.Duration(c.Queue.Burst).Milliseconds(), time.Duration(c.Queue.Express).Milliseconds()
+	p.User, p.Team, p.Weights = queue.Caps(c.Queue.User), queue.Caps(c.Queue.Team), c.Queue.Weights
+	return p
 }
 
 // local returns how many local runners there are to be on a machine with so many

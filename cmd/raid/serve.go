@@ -83,7 +83,7 @@ func serve(ctx context.Context, c config) error {
 	}
 	defer st.Close()
 	srv, err := sshd.New(ctx, sshd.Config{
-		Dir: state.dir, HostKeys: []ssh.Signer{state.host}, Store: st, Policy: queue.DefaultPolicy(),
+		Dir: state.dir, HostKeys: []ssh.Signer{state.host}, Store: st, Policy: c.policy(),
 		Pools: c.pools(runtime.GOARCH), Limits: c.limits(), Guests: c.Auth.Guests, Reserve: float64(c.Limits.Reserve),
 		Mirror: c.mirror(logger.Warnf), Version: version(), Log: logger,
 	})

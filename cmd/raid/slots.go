@@ -36,6 +36,7 @@ type slotFile struct {
 	HostKey string    `json:"host_key"`
 	Pools   []string  `json:"pools"`
 	GPUs    []string  `json:"gpus,omitempty"` // UUIDs this slot owns
+	Express bool      `json:"express,omitempty"`
 	Config  slotRules `json:"config"`
 }
 
@@ -70,6 +71,7 @@ func prepareSlots(ctx context.Context, c config, s *state, srv *sshd.Server, add
 		sl := slot{dir: filepath.Join(s.dir, "runners", strconv.Itoa(i)), name: "local-" + strconv.Itoa(i)}
 		f := slotFile{Name: sl.name, Server: dialable(addr), Pools: c.pools(runtime.GOARCH), Config: c.rules(),
 			HostKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(s.host.PublicKey())))}
+		f.Express = i >= n-c.Runners.Express
 		if i < len(gpus) {
 			f.GPUs = []string{gpus[i].UUID}
 		}

@@ -9,15 +9,17 @@ const Protocol = 1
 
 // Hello is the first line of a runner.
 type Hello struct {
-	Protocol int      `json:"protocol"`
-	Name     string   `json:"name"` // shown to users; the key, not the name, is the identity
-	Pools    []string `json:"pools"`
-	Engine   string   `json:"engine"`
-	Arch     string   `json:"arch"`           // GOARCH
-	GPUs     []string `json:"gpus,omitempty"` // models, one each
-	Weakness string   `json:"weakness,omitempty"`
-	Held     *Lease   `json:"held,omitempty"` // what it is running, or whose result it still has
-	Draining bool     `json:"draining,omitempty"`
+	Protocol    int      `json:"protocol"`
+	Name        string   `json:"name"` // shown to users; the key, not the name, is the identity
+	Pools       []string `json:"pools"`
+	Engine      string   `json:"engine"`
+	Arch        string   `json:"arch"`                    // GOARCH
+	GPUs        []string `json:"gpus,omitempty"`          // models, one each
+	GPUMemoryMB int64    `json:"gpu_memory_mb,omitempty"` // of the smallest
+	Express     bool     `json:"express,omitempty"`       // takes short jobs only
+	Weakness    string   `json:"weakness,omitempty"`
+	Held        *Lease   `json:"held,omitempty"` // what it is running, or whose result it still has
+	Draining    bool     `json:"draining,omitempty"`
 }
 
 // A Lease names one attempt of one job. Whoever shows its fence holds the lease.

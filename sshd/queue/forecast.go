@@ -3,6 +3,7 @@ package queue
 import (
 	"cmp"
 	"container/heap"
+	"fmt"
 	"slices"
 
 	"github.com/rai-project/raid/runner/job"
@@ -13,11 +14,16 @@ import (
 
 // A Forecast is where one waiting job stands.
 type Forecast struct {
-	Position int    // 1 is next
-	Of       int    // jobs waiting in the pool
-	AheadS   int64  // GPU-seconds that are expected to run before it
-	Early    Millis // it starts after so long, if jobs turn out short
-	Late     Millis // and after so long if they turn out long; 0 with Early 0 when nobody can tell
+	Position int      // 1 is next
+	Of       int      // jobs waiting in the pool
+	AheadS   int64    // GPU-seconds that are expected to run before it
+	Early    Millis   // it starts after so long, if jobs turn out short
+	Late     Millis   // and after so long if they turn out long
+	Slots    int      // connected runners that can take it; with 0 nobody can tell when
+	Running  int      // jobs of the pool that run
+	TenantS  int64    // virtual time of its tenant, GPU-seconds by weight
+	PoolS    int64    // virtual time of the pool: who is below it is owed, who is above has had more
+	Held     []string // what holds it back although it may be its turn
 }
 
 // Order returns the queued jobs of a pool as they would start: the fair order, not
@@ -49,8 +55,8 @@ func (c *Core) Forecast(now Millis, id int64) (f Forecast, ok bool) {
 	if e == nil || e.State != job.Queued {
 		return f, false
 	}
-	p := c.pools[e.Pool]
-	f.Of = p.queued
+	p, u := c.pools[e.Pool], c.nodeOf(e)
+	f = Forecast{Of: p.queued, Running: p.running, TenantS: u.parent.used / 1e6, PoolS: p.start / 1e6, Held: held(p, u)}
 	early, late := c.slots(now, e, -1), c.slots(now, e, 1)
 	for i, o := range c.order(p) {
 		if o == e {
@@ -63,10 +69,31 @@ func (c *Core) Forecast(now Millis, id int64) (f Forecast, ok bool) {
 			late.use(c.length(o, 1))
 		}
 	}
-	if len(early) > 0 {
+	if f.Slots = len(early); f.Slots > 0 {
 		f.Early, f.Late = early[0], late[0]
 	}
 	return f, true
+}
+
+// held says what keeps everything of a user from starting.
+func held(p, u *node) (why []string) {
+	if p.paused {
+		why = append(why, "staff have paused pool "+p.key)
+	}
+	if u.capped() {
+		why = append(why, fmt.Sprintf("one user may run %s at once", jobs(u.caps.Running)))
+	}
+	if u.parent.capped() {
+		why = append(why, fmt.Sprintf("one team may run %s at once", jobs(u.parent.caps.Running)))
+	}
+	return why
+}
+
+func jobs(n int) string {
+	if n == 1 {
+		return "1 job"
+	}
+	return fmt.Sprintf("%d jobs", n)
 }
 
 // length is how long a job may run: its estimate, less or more the usual error.

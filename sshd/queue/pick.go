@@ -206,12 +206,9 @@ func (e *entry) rank(o *entry) int {
 		cmp.Compare(e.ID, o.ID))
 }
 
-// CanRun reports whether a runner has what a job needs.
-func (r *Runner) CanRun(rec *job.Record, p Policy) bool { return r.Lacks(rec, p) == "" }
-
 // Lacks says in words what a runner lacks for a job, "" for nothing.
-func (r *Runner) Lacks(rec *job.Record, p Policy) string {
-	n := (&Core{policy: p}).needs(rec)
+func (c *Core) Lacks(r *Runner, rec *job.Record) string {
+	n := c.needs(rec)
 	if !slices.Contains(r.Pools, rec.Pool) {
 		return "is not in pool " + rec.Pool
 	}

@@ -284,8 +284,8 @@ func TestLabels(t *testing.T) {
 		{Runner{Pools: []string{"p"}, Arch: "amd64"}, job.Spec{GPUs: 1}, false},
 		{Runner{Pools: []string{"p"}, GPUs: []string{"V100"}}, job.Spec{GPUs: 2}, true},
 	} {
-		if got := tt.r.CanRun(&job.Record{Job: job.Job{Pool: "p"}, Spec: tt.spec}, DefaultPolicy()); got != tt.can {
-			t.Errorf("%+v CanRun %+v = %v, want %v", tt.r, tt.spec, got, tt.can)
+		if got := New(DefaultPolicy()).Lacks(&tt.r, &job.Record{Job: job.Job{Pool: "p"}, Spec: tt.spec}); (got == "") != tt.can {
+			t.Errorf("%+v lacks %q for %+v, want able: %v", tt.r, got, tt.spec, tt.can)
 		}
 	}
 }
