@@ -90,8 +90,8 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 		return err
 	}
 	engine, err := newEngine(first, dir, slot, logger.Warnf)
-	if first.Err() != nil && errors.Is(err, context.Canceled) {
-		return nil
+	if err != nil && first.Err() != nil {
+		return nil // told to go before there was anything to do
 	}
 	if err != nil {
 		return err
@@ -100,7 +100,7 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 		logger.Warn("weaker than a container", "engine", engine.Name(), "what", w)
 	}
 	r := runner.New(runner.Config{Dir: dir, Name: slot.Name, Pools: slot.Pools, Arch: runtime.GOARCH, Engine: engine,
-		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Express: slot.Express, Logf: logger.Infof,
+		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Logf: logger.Infof,
 		Dial: func(ctx context.Context) (*dial.Client, error) { return f.dial(ctx, dir) }})
 	defer context.AfterFunc(first, r.Drain)()
 	killable, kill := context.WithCancelCause(ctx)
