@@ -90,8 +90,8 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 		return err
 	}
 	engine, err := newEngine(first, dir, slot, logger.Warnf)
-	if first.Err() != nil && errors.Is(err, context.Canceled) {
-		return nil
+	if err != nil && first.Err() != nil {
+		return nil // told to go before there was anything to do
 	}
 	if err != nil {
 		return err
