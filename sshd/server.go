@@ -174,6 +174,9 @@ func (s *Server) changed(rec job.Record) {
 		l = l.With("reason", rec.Reason, "exit", *rec.Exit)
 	}
 	l.Info("job")
+	if rec.Attempt > 0 && (rec.State == job.Queued || rec.Reason == job.ReasonInfra || rec.Reason == job.ReasonCancelled) {
+		s.dropAttempts(rec.ID)
+	}
 	if s.mirror != nil {
 		s.mirror.Event(rec.Job)
 		s.mirror.Watch(rec.ID)
@@ -278,6 +281,18 @@ func aliasSecret(host ssh.Signer) []byte {
 // incoming is where /build of an attempt arrives, before it is a blob.
 func (s *Server) incoming(l job.Lease) string {
 	return filepath.Join(s.Dir, "incoming", fmt.Sprintf("%d-%d.tar", l.Job, l.Fence))
+}
+
+// dropAttempts removes what had arrived of attempts that are over, unless their own
+// session has seen to it.
+func (s *Server) dropAttempts(id int64) {
+	files, err := filepath.Glob(filepath.Join(s.Dir, "incoming", fmt.Sprintf("%d-*.tar", id)))
+	for _, f := range files {
+		err = errors.Join(err, os.Remove(f))
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		s.Log.Error("remove what a lost attempt sent", "job", id, "err", err)
+	}
 }
 
 // dropIncoming removes what arrived for attempts that are over.

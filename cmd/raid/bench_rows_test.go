@@ -330,8 +330,7 @@ func benchBlocked(b *bench) {
 	b.blockedRow("a job of 256 MiB, Redis stopped (SIGSTOP)", s["stopped Redis"], s["Redis"], "Redis runs")
 }
 
-// blockedRow takes the shortest runs: what blocks, blocks each time, and a busy machine
-// only ever adds.
+// blockedRow adds a row whose goal is how much longer ours may take.
 func (b *bench) blockedRow(what string, ours, peer sample, peerName string) {
 	longer := ours.median()/peer.median() - 1
 	b.rows = append(b.rows, row{what, ours.in("ms"), peerName + ": " + peer.in("ms"), fmt.Sprintf("%+.1f %%", 100*longer),
@@ -349,7 +348,6 @@ func (b *bench) printing(r *raid, before, after func()) float64 {
 		defer after()
 	}
 	id := r.detach(b, print256)
-	defer r.drop(id)
 	return float64(r.wait(b, id, job.State.Final).RunMS - 500)
 }
 
@@ -392,7 +390,11 @@ func (b *bench) newest(r *raid) int64 {
 // benchQueue drives brain and SQLite in this process: a cycle is a submit, a lease and
 // a finish, each durable before the next.
 func benchQueue(b *bench) {
-	st, err := store.OpenSQLite(context.Background(), filepath.Join(b.dir, "queue"), jobsView)
+	dir := filepath.Join(b.dir, "queue")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		b.Fatal(err)
+	}
+	st, err := store.OpenSQLite(context.Background(), dir, jobsView)
 	if err != nil {
 		b.Fatal(err)
 	}

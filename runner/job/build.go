@@ -16,7 +16,7 @@ const BuildFileName = "rai_build.yml"
 // BuildTemplate is a build file to begin with; it parses without a note.
 const BuildTemplate = `rai:
   version: 0.2
-  # image: nvidia/cuda:12.4.1-devel-ubuntu22.04   # what the job runs in; left out, the course decides
+  # image: nvidia/cuda:12.4.1-devel-ubuntu22.04  # else the course decides
 resources:
   gpu:
     count: 1            # leave gpu out for a job without one
@@ -24,7 +24,7 @@ resources:
   limits:
     time: 10m
 commands:
-  build:                # run in /build, one after the other; your files are in /src
+  build:                # run in /build; your files are in /src
     - cmake /src
     - make
     - './main "a: b"'   # quote a command that holds ": " or " #"

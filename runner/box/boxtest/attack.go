@@ -2,9 +2,11 @@ package boxtest
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"runtime"
 	"strconv"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -35,6 +37,8 @@ func attack(args []string) int {
 			b[i] = 1
 		}
 		fmt.Println("survived")
+	case "sockets":
+		fmt.Println(fillSockets(n << 20))
 	case "fork":
 		fmt.Printf("forked %d\n", forkUpTo(n))
 	case "files":
@@ -48,6 +52,41 @@ func attack(args []string) int {
 		}
 	}
 	return 0
+}
+
+// fillSockets writes to TCP connections that nobody reads until enough bytes wait in
+// them or no more are taken, and returns how many MiB that were.
+func fillSockets(enough int) int {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0
+	}
+	var sum int
+	b := make([]byte, 1<<20)
+	for full := 0; full < 5; full++ { // connections in a row that took next to nothing
+		before := sum
+		c, err := net.DialTimeout("tcp", l.Addr().String(), time.Second)
+		if err != nil {
+			break
+		}
+		c.(*net.TCPConn).SetWriteBuffer(8 << 20)
+		for sum < enough {
+			c.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+			n, err := c.Write(b)
+			sum += n
+			if err != nil {
+				break
+			}
+		}
+		defer c.Close() // not before the end: they have to hold what they hold
+		if sum >= enough {
+			break
+		}
+		if sum-before > 256<<10 {
+			full = -1
+		}
+	}
+	return sum >> 20
 }
 
 // forkUpTo forks children that do nothing, until it may not. They make raw calls

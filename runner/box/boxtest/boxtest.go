@@ -93,7 +93,7 @@ func Run(t *testing.T, newEngine func(t *testing.T, id string) box.Engine) {
 	}{
 		{"Frames", testFrames}, {"Exit", testExit}, {"Who", testWho}, {"Host", testHost}, {"Files", testFiles},
 		{"Network", testNetwork}, {"Calls", testCalls}, {"Descriptors", testDescriptors}, {"GPUs", testGPUs},
-		{"Memory", testMemory}, {"Limit", testLimit}, {"Pids", testPids}, {"Disk", testDisk}, {"Inodes", testInodes},
+		{"Memory", testMemory}, {"Sockets", testSockets}, {"Limit", testLimit}, {"Pids", testPids}, {"Disk", testDisk}, {"Inodes", testInodes},
 		{"Kill", testKill}, {"EndOfInput", testEndOfInput}, {"Cancelled", testCancelled}, {"SameID", testSameID},
 		{"Close", testClose}, {"Many", testMany},
 	} {

@@ -278,6 +278,7 @@ func (g *group) limit(l job.Limits) error {
 		var err error
 		switch t.has {
 		case "memory":
+			limitSocketsV1(t.dir, l.Memory)
 			err = limitMemoryV1(t.dir, l.Memory)
 		case "pids":
 			err = put(t.dir, "pids.max", orMax(int64(l.Pids)))
@@ -313,6 +314,22 @@ func limitMemoryV1(dir string, bytes int64) error {
 		return put(dir, "memory.limit_in_bytes", v)
 	}
 	return put(dir, swap, v)
+}
+
+// maxSockets is plenty for what travels inside a box, and far from what all TCP of
+// the machine may take (net.ipv4.tcp_mem).
+const maxSockets = 256 << 20
+
+// limitSocketsV1 bounds the buffers of TCP and UDP sockets. A cgroup v1 counts them
+// beside its memory, and only where a limit is set: without one a box of 256 MiB
+// could fill gigabytes and slow down every connection of the machine. A cgroup v2
+// counts them as memory. Best effort: kernels are built without this counter.
+func limitSocketsV1(dir string, memory int64) {
+	v := int64(-1)
+	if memory > 0 {
+		v = min(memory, maxSockets)
+	}
+	put(dir, "memory.kmem.tcp.limit_in_bytes", strconv.FormatInt(v, 10))
 }
 
 const cpuPeriod = 100_000 // µs, the kernel's default

@@ -75,7 +75,7 @@ func TestLimitV2Missing(t *testing.T) {
 
 func TestLimitV1(t *testing.T) {
 	top := t.TempDir()
-	files := []string{"memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "pids.max", "cpu.cfs_quota_us"}
+	files := []string{"memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.kmem.tcp.limit_in_bytes", "pids.max", "cpu.cfs_quota_us"}
 	var g group
 	for _, c := range controllers {
 		g.v1 = append(g.v1, tree{has: c, dir: fakeGroup(t, filepath.Join(top, c), files...)})
@@ -84,7 +84,7 @@ func TestLimitV1(t *testing.T) {
 		t.Fatal(err)
 	}
 	for file, want := range map[string]string{"memory/memory.limit_in_bytes": "4096", "memory/memory.memsw.limit_in_bytes": "4096",
-		"pids/pids.max": "7", "cpu/cpu.cfs_quota_us": "200000"} {
+		"memory/memory.kmem.tcp.limit_in_bytes": "4096", "pids/pids.max": "7", "cpu/cpu.cfs_quota_us": "200000"} {
 		if got := content(t, top, file); got != want {
 			t.Errorf("limit wrote %q to %s, want %q", got, file, want)
 		}

@@ -13,9 +13,9 @@ import (
 )
 
 const (
-	piece = 32 << 10 // largest Chunk of out or err; x/crypto sends packets of this size
-	small = 4 << 10  // buffer of a reader that trails live output
-	bulk  = 64 << 10 // buffer of a reader with a lot to catch up on
+	piece = 32 << 10  // largest Chunk of out or err; x/crypto sends packets of this size
+	small = 4 << 10   // buffer of a reader that trails live output
+	bulk  = 128 << 10 // buffer of a reader with a lot to catch up on
 )
 
 var (
@@ -64,6 +64,9 @@ func (l *Log) Reader(from int64) *Reader { return &Reader{log: l, pos: max(from,
 func (r *Reader) Next(ctx context.Context) (Chunk, error) {
 	for {
 		if r.left > 0 && r.wr > r.rd {
+			if err := r.top(); err != nil {
+				return Chunk{}, err
+			}
 			return r.run(), nil
 		}
 		need := job.HeaderLen
@@ -99,6 +102,23 @@ func (r *Reader) Next(ctx context.Context) (Chunk, error) {
 			}
 		}
 	}
+}
+
+// top reads on when what is left in the buffer would make a short piece although the
+// segment has more: a short piece costs as many packets as eight full ones.
+func (r *Reader) top() error {
+	if r.wr-r.rd >= piece {
+		return nil
+	}
+	if next := r.pos + int64(r.wr-r.rd); next >= r.end {
+		r.log.mu.Lock()
+		r.end = r.seg.end()
+		r.log.mu.Unlock()
+		if next >= r.end {
+			return nil
+		}
+	}
+	return r.fill(int(min(piece+job.HeaderLen, r.end-r.pos)))
 }
 
 // run returns the out or err bytes at pos, with those of the frames after it that are

@@ -44,6 +44,7 @@ const (
 	minSegment  = 4 << 10
 	maxSegment  = 64 << 20
 	maxSegments = 1024    // so that a peer who sends gaps only cannot fill a folder
+	ahead       = 8 << 20 // the disk begins with this much at a time, so that Seal finds little to do
 	maxEnd      = 1 << 56 // of logical offsets: sums of a few stay far from overflow
 	gapLen      = job.HeaderLen + 8
 	sealedName  = "sealed"
@@ -83,6 +84,7 @@ type segment struct {
 	hole   int64    // what is missing before it begins here; start when nothing is
 	size   int64    // whole frames that readers may see
 	synced int64    // bytes of it known to be on the platter
+	pushed int64    // bytes of it the disk was asked to begin with; guarded by append
 	file   *os.File // nil while nobody uses it
 	users  int      // of file
 }
@@ -375,6 +377,10 @@ func (l *Log) write(frames []byte) error {
 	l.kept += int64(len(frames))
 	l.ringLocked()
 	l.mu.Unlock()
+	if s.size-s.pushed >= ahead {
+		writeBack(s.file, s.pushed, s.size-s.pushed)
+		s.pushed = s.size
+	}
 	return nil
 }
 

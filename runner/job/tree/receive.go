@@ -92,8 +92,8 @@ func Normalise(w io.Writer, file io.ReaderAt, size int64, lim Limits) error {
 }
 
 // Extract writes to w a tar of what r, a tar of any compression, holds at path and
-// below; "." is all of it. It reports false, and writes an empty tar, if that is nothing. A hard link
-// whose first name lies outside path cannot be copied and is refused.
+// below; "." is all of it. It reports false, and writes nothing, if that is nothing. A
+// hard link whose first name lies outside path cannot be copied and is refused.
 func Extract(w io.Writer, r io.Reader, path string) (found bool, err error) {
 	clean, why := cleanName(path)
 	if why != "" {
@@ -113,10 +113,10 @@ func Extract(w io.Writer, r io.Reader, path string) (found bool, err error) {
 		found = true
 		return out.emit(e, content)
 	})
-	if err != nil {
+	if err != nil || !found {
 		return found, err
 	}
-	return found, out.close()
+	return true, out.close()
 }
 
 // A visitor is shown each admitted entry. It may leave content unread, but only
