@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -29,7 +30,7 @@ import (
 // runnerFlags are those of `raid runner`; the short ones are RAI's.
 type runnerFlags struct {
 	state, server, identity, knownHosts, name, config, secret string
-	pools                                                     []string
+	pools, gpus                                               []string
 	verbose, debug                                            bool
 }
 
@@ -53,6 +54,7 @@ func runnerCommand() *cobra.Command {
 	fl.StringVar(&f.name, "name", "", "what users see; the host's name by default")
 	fl.StringVar(&f.config, "config", "", "raid.toml, for [box], [limits] and [runners]")
 	fl.StringSliceVarP(&f.pools, "queue", "q", nil, "the pools to serve")
+	fl.StringSliceVar(&f.gpus, "gpu", nil, "the GPUs it owns, by index or UUID; all of the machine's by default")
 	fl.StringVarP(&f.secret, "secret", "s", "", "accepted as in RAI; it has no meaning here")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "say more")
 	fl.BoolVarP(&f.debug, "debug", "d", false, "say everything")
@@ -100,7 +102,7 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 		logger.Warn("weaker than a container", "engine", engine.Name(), "what", w)
 	}
 	r := runner.New(runner.Config{Dir: dir, Name: slot.Name, Pools: slot.Pools, Arch: runtime.GOARCH, Engine: engine,
-		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Logf: logger.Infof,
+		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Express: slot.Express, Logf: logger.Infof,
 		Dial: func(ctx context.Context) (*dial.Client, error) { return f.dial(ctx, dir) }})
 	defer context.AfterFunc(first, r.Drain)()
 	killable, kill := context.WithCancelCause(ctx)
@@ -149,7 +151,7 @@ func (f *runnerFlags) slot(dir string) (slotFile, error) {
 	if err != nil {
 		return slotFile{}, err
 	}
-	s := slotFile{Name: f.name, Server: f.server, Pools: f.pools, Config: c.rules()}
+	s := slotFile{Name: f.name, Server: f.server, Pools: f.pools, GPUs: f.gpus, Config: c.rules()}
 	if s.Name == "" {
 		if s.Name, err = os.Hostname(); err != nil {
 			return s, err
@@ -199,10 +201,12 @@ func ownGPUs(ctx context.Context, s slotFile) ([]gpu.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.HostKey == "" { // not a local slot: the runner has the machine to itself
+	if s.HostKey == "" && len(s.GPUs) == 0 { // not a local slot: the runner has the machine to itself
 		return all, nil
 	}
-	mine := slices.DeleteFunc(all, func(d gpu.Device) bool { return !slices.Contains(s.GPUs, d.UUID) })
+	mine := slices.DeleteFunc(all, func(d gpu.Device) bool {
+		return !slices.Contains(s.GPUs, d.UUID) && !slices.Contains(s.GPUs, strconv.Itoa(d.Index))
+	})
 	if len(mine) < len(s.GPUs) {
 		return nil, fmt.Errorf("of the GPUs %s only %d are there", strings.Join(s.GPUs, ", "), len(mine))
 	}
