@@ -36,7 +36,7 @@ func root() *cobra.Command {
 		SilenceErrors: true,
 	}
 	cmd.CompletionOptions.HiddenDefaultCmd = true
-	cmd.AddCommand(serveCommand(), runnerCommand(),
+	cmd.AddCommand(serveCommand(), runnerCommand(), simulateCommand(),
 		&cobra.Command{Use: "version", Short: "which raid this is", Args: cobra.NoArgs,
 			Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version()) }},
 		&cobra.Command{Use: "buildtime", Short: "when this raid was built", Args: cobra.NoArgs,

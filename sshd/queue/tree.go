@@ -196,7 +196,8 @@ func (c *Core) settle(e *entry, now Millis, cancelled bool) {
 	c.charge(e, took*e.gpus())
 }
 
-// learn moves the running means by a quarter.
+// learn moves the running means by an eighth: by a quarter the estimates of jobs of
+// very different lengths are so noisy that one tenant gets further ahead of another.
 func (n *node) learn(took Millis) {
 	took = max(took, 1)
 	if n.guess == 0 {
@@ -205,7 +206,7 @@ func (n *node) learn(took Millis) {
 	}
 	off := took - n.guess
 	n.spread = (3*n.spread + max(off, -off)) / 4
-	n.guess = max((3*n.guess+took)/4, 1)
+	n.guess = max((7*n.guess+took)/8, 1)
 }
 
 // refund gives back what an attempt was charged: nobody pays for raid's failures.

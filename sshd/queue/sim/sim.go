@@ -12,6 +12,7 @@ package sim
 
 import (
 	"container/heap"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -47,7 +48,14 @@ type Outcome struct {
 	P50, P95 float64 // wait of the light users, seconds
 	Max      float64
 	Started  int
-	Waits    []Wait // of every job, in order of start
+	Shares   []Share // GPU time of every tenant, by name
+	Waits    []Wait  // of the light users' jobs, in order of start
+}
+
+// A Share is what one tenant got, in GPU-seconds.
+type Share struct {
+	Name string
+	Got  float64
 }
 
 // A Wait is one job's: when it was queued and for how long, in seconds.
@@ -86,9 +94,9 @@ type simulation struct {
 	ends    ends
 	running map[int]queue.Millis // job → start
 	tenants map[string]*tenant
-	names   []string
+	all     []*tenant
 	busy    queue.Millis
-	lags    map[[2]string][2]float64
+	lags    []span // of each pair of tenants, by the larger index
 	worst   float64
 	started []int
 	startAt []queue.Millis
@@ -99,15 +107,19 @@ type simulation struct {
 type tenant struct {
 	waiting int // queued jobs
 	running int
-	got     float64      // GPU-seconds
-	since   queue.Millis // backlogged since; 0 when it has nothing queued
+	got     float64 // GPU-seconds
+}
+
+// A span is the range of a difference while both tenants have jobs waiting.
+type span struct {
+	low, high float64
+	open      bool
 }
 
 const beatEvery = 5000
 
 // run is the event loop: arrivals, ends and heartbeats, in the order of time.
 func (s *simulation) run() {
-	s.lags = map[[2]string][2]float64{}
 	arrived := 0
 	for now, beat := queue.Millis(0), queue.Millis(0); ; {
 		next := queue.Millis(math.MaxInt64)
@@ -147,7 +159,8 @@ func (s *simulation) tenant(id int) *tenant {
 	if t == nil {
 		t = &tenant{}
 		s.tenants[name] = t
-		s.names = append(s.names, name)
+		s.lags = append(s.lags, make([]span, len(s.all))...)
+		s.all = append(s.all, t)
 	}
 	return t
 }
@@ -178,7 +191,7 @@ func (s *simulation) end(now queue.Millis, id int) {
 
 // pass lets running jobs use their GPUs until next.
 func (s *simulation) pass(now, next queue.Millis) {
-	for _, t := range s.tenants {
+	for _, t := range s.all {
 		t.got += float64(next-now) / 1000 * float64(t.running)
 		s.busy += (next - now) * queue.Millis(t.running)
 	}
@@ -188,21 +201,20 @@ func (s *simulation) pass(now, next queue.Millis) {
 // measure keeps, for each pair of tenants that both have jobs waiting, the range of
 // the difference of what they got: how far one was ahead of the other.
 func (s *simulation) measure() {
-	for i, a := range s.names {
-		for _, b := range s.names[i+1:] {
-			pair := [2]string{a, b}
-			if s.tenants[a].waiting == 0 || s.tenants[b].waiting == 0 {
-				delete(s.lags, pair)
+	for i, a := range s.all {
+		row := s.lags[i*(i-1)/2:]
+		for k, b := range s.all[:i] {
+			l := &row[k]
+			if a.waiting == 0 || b.waiting == 0 {
+				l.open = false
 				continue
 			}
-			d := s.tenants[a].got - s.tenants[b].got
-			r, ok := s.lags[pair]
-			if !ok {
-				r = [2]float64{d, d}
+			d := a.got - b.got
+			if !l.open {
+				*l = span{d, d, true}
 			}
-			r = [2]float64{min(r[0], d), max(r[1], d)}
-			s.lags[pair] = r
-			s.worst = max(s.worst, r[1]-r[0])
+			l.low, l.high = min(l.low, d), max(l.high, d)
+			s.worst = max(s.worst, l.high-l.low)
 		}
 	}
 }
@@ -210,18 +222,20 @@ func (s *simulation) measure() {
 func (s *simulation) outcome(name string) Outcome {
 	o := Outcome{Order: name, WorstLag: s.worst, Started: len(s.started)}
 	var sum, squares float64
-	for _, n := range s.names {
-		sum += s.tenants[n].got
-		squares += s.tenants[n].got * s.tenants[n].got
+	for _, t := range s.all {
+		sum += t.got
+		squares += t.got * t.got
 	}
-	o.Jain = sum * sum / (float64(len(s.names)) * squares)
+	o.Jain = sum * sum / (float64(len(s.all)) * squares)
 	o.Used = float64(s.busy) / float64(s.last*queue.Millis(s.w.GPUs))
+	for _, name := range slices.Sorted(maps.Keys(s.tenants)) {
+		o.Shares = append(o.Shares, Share{name, s.tenants[name].got})
+	}
 	var light []float64
 	for i, id := range s.started {
-		j := s.w.Jobs[id]
-		wait := Wait{float64(j.At) / 1000, float64(s.startAt[i]-j.At) / 1000}
-		o.Waits = append(o.Waits, wait)
-		if s.w.Light == nil || s.w.Light(j) {
+		if j := s.w.Jobs[id]; s.w.Light == nil || s.w.Light(j) {
+			wait := Wait{float64(j.At) / 1000, float64(s.startAt[i]-j.At) / 1000}
+			o.Waits = append(o.Waits, wait)
 			light = append(light, wait.For)
 		}
 	}
@@ -347,18 +361,8 @@ func (f *fair) finish(now queue.Millis, id int) {
 }
 
 func (f *fair) beat(now queue.Millis) {
-	for _, id := range slices.Sorted(keysOf(f.leases)) {
+	for _, id := range slices.Sorted(maps.Keys(f.leases)) {
 		o := f.leases[id]
 		f.apply(now, queue.Beat{Runner: o.Runner, Held: &o.Lease})
-	}
-}
-
-func keysOf(m map[int]queue.Offer) func(func(int) bool) {
-	return func(yield func(int) bool) {
-		for k := range m {
-			if !yield(k) {
-				return
-			}
-		}
 	}
 }
