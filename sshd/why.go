@@ -51,7 +51,7 @@ func (s *Server) reason(ctx context.Context, rec *job.Record) (why reasoning, er
 	case rec.State.Final():
 		why.Words = []string{fmt.Sprintf("job %d %s", rec.ID, verdict(rec))}
 	case rec.State != job.Queued:
-		why.Words = []string{fmt.Sprintf("job %d is %s on %s since %s", rec.ID, rec.State, rec.Runner, ago(rec.StartedAt.Time))}
+		why.Words = []string{fmt.Sprintf("job %d is %s on %s, started %s", rec.ID, rec.State, clean(rec.Runner), ago(rec.StartedAt.Time))}
 	default:
 		err = s.brain.View(ctx, func(q *queue.Core) { why.ask(q, rec) })
 		why.explain()
