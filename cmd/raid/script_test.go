@@ -166,13 +166,21 @@ func repoRoot() string {
 	return dir
 }
 
-// condition answers [root] and [cases].
+// condition answers [root], [cases] and [lacks:PROGRAM]; where skipping is not allowed
+// a lack is an error.
 func condition(cond string) (bool, error) {
-	switch cond {
+	name, program, _ := strings.Cut(cond, ":")
+	switch name {
 	case "root":
 		return os.Geteuid() == 0, nil
 	case "cases":
 		return os.Getenv("RAID_CASES") != "", nil
+	case "lacks":
+		_, err := exec.LookPath(program)
+		if err != nil && os.Getenv("RAID_CI") != "" {
+			return true, err
+		}
+		return err != nil, nil
 	}
 	return false, fmt.Errorf("unknown condition %q", cond)
 }
