@@ -46,7 +46,7 @@ func runWhoami(_ context.Context, c *call) (int, error) {
 func runGreeting(ctx context.Context, c *call) (int, error) {
 	if c.Who.Role == keys.Guest {
 		fmt.Fprintf(c, "This is raid. Your key is not enrolled:\n  %s\n\n"+
-			"Send its public half (the .pub file) to your course staff. Once they have enrolled it:\n"+
+			"Send its public half (the .pub file) to your course staff, and once it is enrolled:\n"+
 			"  tar cf - . | ssh rai@host submit\n", c.Who.Fingerprint)
 		return 0, nil
 	}

@@ -21,7 +21,7 @@ import (
 
 func submitFlags(f *pflag.FlagSet) {
 	f.StringP("queue", "q", "", "the `POOL` to run in, a queue in RAI's words")
-	f.String("as", "run", "the `KIND` it counts as: run, m1, m2, final, …")
+	f.String("as", "run", "the `KIND` it counts as: m1, m2, final, …")
 	f.Int("gpus", -1, "`N` GPUs, instead of what the build file says")
 	f.Int("priority", 0, "among your own waiting jobs: higher ones first")
 	f.String("gpu-model", "", "only a GPU whose name holds this, like v100")

@@ -33,7 +33,7 @@ type command struct {
 func table() []command {
 	return []command{
 		{name: "submit", role: keys.Student, usage: "[flags] [-- CMD…] < project.tar", args: [2]int{0, -1}, flags: submitFlags, run: runSubmit,
-			about: "run a project as its rai_build.yml says: a tar, tar.gz, tar.zst or zip"},
+			about: "run a project as its rai_build.yml says (tar, tar.gz, tar.zst, zip)"},
 		{name: "attach", role: keys.Student, usage: "JOB", args: [2]int{1, 1}, flags: jsonFlag, run: runAttach,
 			about: "follow a job from its first line; exits with the job's status"},
 		{name: "logs", role: keys.Student, usage: "JOB [-f] [-n LINES]", args: [2]int{1, 1}, flags: logsFlags, run: runLogs,
@@ -209,9 +209,9 @@ func runHelp(_ context.Context, c *call) (int, error) {
 }
 
 const helpEnd = `
-Your job's output comes back as it is printed: stdout on stdout, stderr on stderr,
-raid's own lines on stderr with "raid: " before them. ssh exits with the job's
-status. Ctrl-C cancels; a lost connection does not.
+Your job's output comes back as it is printed: stdout on stdout, stderr on
+stderr, raid's own lines on stderr with "raid: " before them. ssh exits with
+the job's status. Ctrl-C cancels; a lost connection does not.
 
 exit status:
   the job's own, or 128+N for signal N, and of raid itself

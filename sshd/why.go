@@ -51,7 +51,7 @@ func (s *Server) reason(ctx context.Context, rec *job.Record) (why reasoning, er
 	case rec.State.Final():
 		why.Words = []string{fmt.Sprintf("job %d %s", rec.ID, verdict(rec))}
 	case rec.State != job.Queued:
-		why.Words = []string{fmt.Sprintf("job %d is %s on %s since %s", rec.ID, rec.State, rec.Runner, ago(rec.StartedAt.Time))}
+		why.Words = []string{fmt.Sprintf("job %d is %s on %s, started %s", rec.ID, rec.State, clean(rec.Runner), ago(rec.StartedAt.Time))}
 	default:
 		err = s.brain.View(ctx, func(q *queue.Core) { why.ask(q, rec) })
 		why.explain()
@@ -90,7 +90,7 @@ func (why *reasoning) explain() {
 	}
 	switch {
 	case why.Runners == 0:
-		why.Words = append(why.Words, "no runner that can take it is connected; it starts when one is")
+		why.Words = append(why.Words, "it waits for a runner that can take it; none is connected")
 		why.Words = append(why.Words, why.lacks...)
 		return
 	case why.Ahead > 0:
@@ -115,6 +115,9 @@ func (why *reasoning) line() string {
 	s := fmt.Sprintf("%s ahead of it, %d running", count(why.Ahead, "job"), why.Running)
 	if why.Ahead == 0 {
 		s = fmt.Sprintf("it is next, %d running", why.Running)
+	}
+	if why.Ahead+why.Running == 0 {
+		s = "it is next"
 	}
 	return s + why.eta()
 }

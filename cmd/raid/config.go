@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/charmbracelet/log"
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/rai-project/raid/cmd/internal/cli"
@@ -176,21 +177,44 @@ func (c *config) check() error {
 			return fmt.Errorf("[queue.weights] %s = %d: it is 1 to 1000", team, w)
 		}
 	}
-	if c.Limits.Time <= 0 {
-		return errors.New("[limits] time must be positive")
+	if err := c.Limits.check(); err != nil {
+		return err
 	}
 	if _, err := c.local(0); err != nil {
 		return err
 	}
-	for name := range c.Roles {
+	for name, r := range c.Roles {
 		if !slices.Contains([]keys.Role{keys.Student, keys.Power, keys.Staff, keys.Admin}, keys.Role(name)) {
 			return fmt.Errorf("[roles.%s]: the roles are student, power, staff and admin", name)
 		}
+		if r.Time != nil && *r.Time <= 0 {
+			return fmt.Errorf("[roles.%s] time must be positive", name)
+		}
+		if r.GPUs < 0 {
+			return fmt.Errorf("[roles.%s] gpus = %d: it is a number from 0, and 0 means as many as a slot has", name, r.GPUs)
+		}
+	}
+	if _, err := log.ParseLevel(c.Log.Level); err != nil {
+		return fmt.Errorf("[log] level = %q: it is debug, info, warn or error", c.Log.Level)
 	}
 	for name := range c.Pools {
 		if name == "" || strings.ContainsAny(name, " /") {
 			return fmt.Errorf("[pools.%q]: a name has no spaces and slashes", name)
 		}
+	}
+	return nil
+}
+
+func (l *limitsConfig) check() error {
+	switch {
+	case l.Time <= 0:
+		return errors.New("[limits] time must be positive")
+	case l.CPUs < 0:
+		return fmt.Errorf("[limits] cpus = %v: it is a number from 0, and 0 means all", l.CPUs)
+	case l.Pids < 0:
+		return fmt.Errorf("[limits] pids = %d: it is a number from 0, and 0 means no limit", l.Pids)
+	case l.Entries < 0:
+		return fmt.Errorf("[limits] entries = %d: it is a number from 0, and 0 means no limit", l.Entries)
 	}
 	return nil
 }

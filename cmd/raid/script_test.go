@@ -16,7 +16,8 @@ import (
 
 // TestScript runs the scripts of testdata/script against the real programs, with real
 // ssh, git and redis. Each has a raid, a state folder and a port of its own, and each
-// ends with a look around: nothing of that raid may be left on the machine.
+// ends with a look around: nothing of that raid may be left on the machine. With
+// RAID_UPDATE=1 the expected outputs that cmp compares are written anew.
 //
 // Beside testscript's own, these are the verbs. "<FILE" before or among the words of a
 // command is its stdin, "<-" an open pipe; "&name&" at the end puts it in the background.
@@ -35,7 +36,7 @@ import (
 //	mktar FILE ENTRY…              a tar as no tar(1) would make it; see mktar
 //	events FILE KIND…              --json output: all kinds there, every line well-formed
 //	same TEXT FILE…                the SHA-256 of the files is TEXT
-//	redis start | stop | kill9 | hang | go
+//	redis port | start | kill9 | hang | go
 //	mirrored JOB                   what the mirror says: mirror.out, mirror.err, mirror.end
 func TestScript(t *testing.T) {
 	if testing.Short() {
@@ -49,6 +50,7 @@ func TestScript(t *testing.T) {
 		WorkdirRoot:         root,
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
+		UpdateScripts:       os.Getenv("RAID_UPDATE") != "",
 		Setup:               func(e *testscript.Env) error { return setUp(e, bin) },
 		Condition:           condition,
 		Cmds:                verbs(),
@@ -164,13 +166,21 @@ func repoRoot() string {
 	return dir
 }
 
-// condition answers [root] and [cases].
+// condition answers [root], [cases] and [lacks:PROGRAM]; where skipping is not allowed
+// a lack is an error.
 func condition(cond string) (bool, error) {
-	switch cond {
+	name, program, _ := strings.Cut(cond, ":")
+	switch name {
 	case "root":
 		return os.Geteuid() == 0, nil
 	case "cases":
 		return os.Getenv("RAID_CASES") != "", nil
+	case "lacks":
+		_, err := exec.LookPath(program)
+		if err != nil && os.Getenv("RAID_CI") != "" {
+			return true, err
+		}
+		return err != nil, nil
 	}
 	return false, fmt.Errorf("unknown condition %q", cond)
 }

@@ -58,6 +58,9 @@ type slot struct {
 // prepareSlots makes the folders of the local runners: a key that is enrolled, and
 // slot.json.
 func prepareSlots(ctx context.Context, c config, s *state, srv *sshd.Server, addr net.Addr) ([]slot, error) {
+	if n, err := c.local(0); err == nil && n == 0 {
+		return nil, nil // nobody asks for GPUs, which a hardened unit could not see
+	}
 	gpus, err := gpu.Find(ctx)
 	if err != nil {
 		return nil, cli.Hintf(err, "mend the driver, or set [runners] local = 1 to run without GPUs")

@@ -501,7 +501,7 @@ func (w *world) end() {
 			w.tb.Errorf("stop raid: %v", err)
 		}
 	}
-	if len(w.logs) > 0 {
+	if len(w.logs) > 0 && !w.stopRunners() && !w.tb.Failed() {
 		w.checkGone()
 	}
 	if w.tb.Failed() {
@@ -526,22 +526,37 @@ func lastLines(s string, n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "")
 }
 
+// stopRunners ends the runners that raid left behind, and reports whether there were
+// any: one that is busy may well be, but a script ends when its jobs have.
+func (w *world) stopRunners() (any bool) {
+	slots, _ := filepath.Glob(filepath.Join(w.state, "runners", "*"))
+	for _, slot := range slots {
+		pid, fd, err := w.openRunner(slot)
+		if err != nil {
+			continue
+		}
+		any = true
+		w.tb.Errorf("runner %s (process %d) outlived raid", filepath.Base(slot), pid)
+		syscall.Kill(pid, syscall.SIGTERM)
+		if awaitEnd(fd, time.Second) != nil {
+			syscall.Kill(pid, syscall.SIGTERM)
+		}
+		if err := awaitEnd(fd, 15*time.Second); err != nil {
+			w.tb.Error(err)
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		unix.Close(fd)
+	}
+	return any
+}
+
 // checkGone holds every script to the same end: no process, mount, cgroup, loop device
 // or half-written file of this raid is left.
 func (w *world) checkGone() {
 	marks := []string{w.state}
-	slots, _ := filepath.Glob(filepath.Join(w.state, "runners", "*"))
-	for _, slot := range slots {
-		if pid, fd, err := w.openRunner(slot); err == nil {
-			w.tb.Errorf("runner %s (process %d) outlived raid", filepath.Base(slot), pid)
-			syscall.Kill(pid, syscall.SIGTERM)
-			syscall.Kill(pid, syscall.SIGTERM)
-			if awaitEnd(fd, 15*time.Second) != nil {
-				syscall.Kill(pid, syscall.SIGKILL)
-			}
-			unix.Close(fd)
-		}
-		if id, err := os.ReadFile(filepath.Join(slot, "id")); err == nil {
+	ids, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "id"))
+	for _, path := range ids {
+		if id, err := os.ReadFile(path); err == nil {
 			marks = append(marks, strings.TrimSpace(string(id)))
 		}
 	}

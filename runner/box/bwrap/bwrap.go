@@ -141,7 +141,7 @@ func (e *Engine) claim() error {
 	if e.run == "" {
 		e.run = filepath.Join(runParent(), "raid-"+e.cfg.ID)
 	}
-	if err := os.Mkdir(e.run, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Mkdir(e.run, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("make run folder: %w", err)
 	}
 	// In a shared folder somebody else may have been faster.
@@ -184,14 +184,14 @@ func noExec(dir string) bool {
 
 // furnish fills RunDir with what all boxes share.
 func (e *Engine) furnish() error {
-	if err := os.Chmod(e.run, 0o711); err != nil {
-		return err
-	}
 	if os.Geteuid() == 0 {
 		e.uid = e.cfg.UID
 		if e.uid == 0 {
 			e.uid = freeUID(e.cfg.ID)
 		}
+	}
+	if err := e.shut(); err != nil {
+		return err
 	}
 	for dir, mode := range map[string]os.FileMode{"boxes": 0o711, "templates": 0o700} {
 		if err := makeDir(filepath.Join(e.run, dir), mode); err != nil && !errors.Is(err, os.ErrExist) {
@@ -213,6 +213,16 @@ func (e *Engine) furnish() error {
 		return fmt.Errorf("copy the shim: %w", err)
 	}
 	return nil
+}
+
+// shut closes RunDir to everybody but us and the boxes' user. Where disks are not
+// images, what a job makes lies on the host's file system under the runner's uid: a
+// setuid program there would make any account of the machine that uid.
+func (e *Engine) shut() error {
+	if e.uid < 0 {
+		return os.Chmod(e.run, 0o700)
+	}
+	return errors.Join(os.Chown(e.run, 0, e.uid), os.Chmod(e.run, 0o710))
 }
 
 func (e *Engine) seccomp() string { return filepath.Join(e.run, "seccomp") }

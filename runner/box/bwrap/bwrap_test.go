@@ -174,6 +174,32 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// What jobs leave in the run folder, setuid programs among it, is for nobody else.
+func TestRunFolderIsShut(t *testing.T) {
+	need(t)
+	id := boxtest.ID()
+	dir := filepath.Join("/var/tmp", "raid-shut-"+id)
+	if err := os.Mkdir(dir, 0o711); err != nil { // as an earlier raid left it
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	e, err := bwrap.New(t.Context(), bwrap.Config{ID: id, Exe: hidden(t), Args: []string{"shim"}, RunDir: dir})
+	if err != nil {
+		t.Fatalf("New: %v", err)
+	}
+	defer e.Close()
+	i, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i.Mode().Perm()&0o027 != 0 {
+		t.Errorf("run folder is %v: others may pass", i.Mode())
+	}
+	if got := boxtest.Say(t, e, box.Config{}, "echo fine"); got != "fine\n" {
+		t.Errorf("a box said %q", got)
+	}
+}
+
 func link(t *testing.T) string {
 	name := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(t.TempDir(), name); err != nil {
