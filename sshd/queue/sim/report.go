@@ -3,8 +3,6 @@ package sim
 import (
 	"fmt"
 	"io"
-	"math"
-	"slices"
 	"strings"
 )
 
@@ -48,10 +46,10 @@ func (r Report) Print(w io.Writer) error {
 	return err
 }
 
-// The picture: what each user got when all always want more, and how long light
-// teams waited while the deadline came near.
+// The picture: what each user got when all always want more, and how long light users
+// waited behind hogs.
 const (
-	width, height = 900, 620
+	width, height = 900, 580
 	font          = `font-family="system-ui, sans-serif" font-size="13" fill="#333"`
 )
 
@@ -62,9 +60,9 @@ func (r Report) Draw(w io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" %s>`+"\n", width, height, font)
 	fmt.Fprintf(&b, `<rect width="%d" height="%d" fill="#fff"/>`+"\n", width, height)
-	r.drawShares(&b, 30)
-	r.drawWaits(&b, 330)
-	x := 560
+	r.drawShares(&b, 56)
+	r.drawNight(&b, 370)
+	x := 40
 	for _, o := range Orders() {
 		fmt.Fprintf(&b, `<rect x="%d" y="14" width="12" height="12" fill="%s"/><text x="%d" y="25">%s</text>`+"\n", x, colours[o], x+18, o)
 		x += 110
@@ -96,42 +94,25 @@ func (r Report) drawShares(b *strings.Builder, top int) {
 	fmt.Fprintf(b, `<text x="8" y="%.0f">%.0f h</text>`+"\n", base-room+5, most/3600)
 }
 
-func (r Report) drawWaits(b *strings.Builder, top int) {
-	last := len(r.Workloads) - 1
-	fmt.Fprintf(b, `<text x="40" y="%d" font-weight="600">Waits of the lighter half of the teams in the last two days of RAI's class: the worst in 20, each hour</text>`+"\n", top-5)
-	const room, left, right = 230.0, 60.0, 880.0
-	base := float64(top) + room + 10
-	var hours [][]float64
+// drawNight shows how long the light users of the deadline night waited.
+func (r Report) drawNight(b *strings.Builder, top int) {
+	fmt.Fprintf(b, `<text x="40" y="%d" font-weight="600">Deadline night: two hogs with 400 jobs each; how long the sixty others waited</text>`+"\n", top)
 	most := 1.0
-	for _, o := range r.Outcomes[last] {
-		h := hourly(o.Waits, 33*24, 35*24)
-		most = max(most, slices.Max(h))
-		hours = append(hours, h)
+	for _, o := range r.Outcomes[1] {
+		most = max(most, o.P95)
 	}
-	for i, h := range hours {
-		var path strings.Builder
-		for k, v := range h {
-			fmt.Fprintf(&path, "%.1f,%.1f ", left+(right-left)*float64(k)/float64(len(h)-1), base-v/most*room)
+	y := top + 20
+	for _, o := range r.Outcomes[1] {
+		fmt.Fprintf(b, `<text x="40" y="%d">%s</text>`+"\n", y+22, o.Order)
+		if len(o.Waits) == 0 {
+			fmt.Fprintf(b, `<text x="150" y="%d">not one of them was served in twelve hours</text>`+"\n", y+22)
 		}
-		fmt.Fprintf(b, `<polyline points="%s" fill="none" stroke="%s" stroke-width="2.5"/>`+"\n", strings.TrimSpace(path.String()), colours[Orders()[i]])
-	}
-	fmt.Fprintf(b, `<text x="8" y="%.0f">%.0f s</text><text x="8" y="%.0f">0</text>`+"\n", base-room+5, most, base+4)
-	fmt.Fprintf(b, `<text x="%.0f" y="%.0f">48 h before the deadline</text><text x="%.0f" y="%.0f" text-anchor="end">deadline</text>`+"\n", left, base+18, right, base+18)
-}
-
-// hourly is the 95th percentile of the waits of each hour.
-func hourly(waits []Wait, from, to int) []float64 {
-	buckets := make([][]float64, to-from)
-	for _, w := range waits {
-		if h := int(math.Floor(w.At/3600)) - from; h >= 0 && h < len(buckets) {
-			buckets[h] = append(buckets[h], w.For)
+		for k, v := range []float64{o.P50, o.P95} {
+			if len(o.Waits) > 0 {
+				fmt.Fprintf(b, `<rect x="150" y="%d" width="%.1f" height="16" fill="%s"/><text x="%.1f" y="%d">%s %.0f s</text>`+"\n",
+					y+k*20, v/most*560, colours[o.Order], 158+v/most*560, y+k*20+13, []string{"median", "19 of 20 within"}[k], v)
+			}
 		}
+		y += 60
 	}
-	out := make([]float64, len(buckets))
-	for i, bk := range buckets {
-		if slices.Sort(bk); len(bk) > 0 {
-			out[i] = bk[len(bk)*95/100]
-		}
-	}
-	return out
 }

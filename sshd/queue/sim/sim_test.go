@@ -109,7 +109,7 @@ func TestBound(t *testing.T) {
 
 // TestReport: the table names every order, and the picture is well-formed.
 func TestReport(t *testing.T) {
-	r := Report{Workloads: []Workload{Backlogged(1), Class(1)}}
+	r := Report{Workloads: []Workload{Backlogged(1), DeadlineNight(1)}}
 	for i := range r.Workloads {
 		r.Workloads[i].Jobs = r.Workloads[i].Jobs[len(r.Workloads[i].Jobs)-400:]
 		var row []Outcome
