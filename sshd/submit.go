@@ -24,7 +24,7 @@ func submitFlags(f *pflag.FlagSet) {
 	f.String("as", "run", "the `KIND` it counts as: m1, m2, final, …")
 	f.Int("gpus", -1, "`N` GPUs, instead of what the build file says")
 	f.Int("priority", 0, "among your own waiting jobs: higher ones first")
-	f.String("gpu-model", "", "only a GPU whose name holds this, like v100")
+	f.String("gpu-model", "", "only a GPU whose name holds `NAME`, like v100")
 	f.String("name", "", "`TEXT` of your own, shown in listings")
 	f.Duration("timeout", 0, "a shorter time limit `D`: 90s, 10m")
 	f.Bool("tty", false, "give the job a terminal for its stdout")
