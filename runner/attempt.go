@@ -34,7 +34,7 @@ type attempt struct {
 }
 
 func (r *Runner) newAttempt(o job.Offer) (*attempt, error) {
-	dir := filepath.Join(r.Dir, "attempts", fmt.Sprintf("%d-%d", o.Job, o.Fence))
+	dir := job.AttemptDir(r.Dir, o.Lease)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package runner
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,7 +29,7 @@ func (r *Runner) deliver(ctx context.Context, a *attempt) error {
 		if err != nil {
 			return err
 		}
-		err = a.send(ctx, client)
+		err = a.send(ctx, client, r.Local)
 		switch {
 		case err == nil, errors.Is(err, errStale):
 			a.cancel(errStale) // a box that still runs has nobody to report to
@@ -53,17 +54,22 @@ func (r *Runner) deliver(ctx context.Context, a *attempt) error {
 	}
 }
 
-// send opens one session and sends what raid has not, from the byte it names.
-func (a *attempt) send(ctx context.Context, client *dial.Client) error {
+// send opens one session and sends what raid has not, from the byte it names. A local
+// runner offers to share the log's files instead.
+func (a *attempt) send(ctx context.Context, client *dial.Client, local bool) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	s, err := client.Start(ctx, fmt.Sprintf("runner attempt %d %d", a.offer.Job, a.offer.Fence), nil)
+	command := fmt.Sprintf("runner attempt %d %d", a.offer.Job, a.offer.Fence)
+	if local {
+		command += " share"
+	}
+	s, err := client.Start(ctx, command, nil)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
 	lines := bufio.NewReader(s.Stdout)
-	have, err := readHave(lines)
+	have, shared, err := readHave(lines)
 	if err != nil {
 		return err
 	}
@@ -74,7 +80,11 @@ func (a *attempt) send(ctx context.Context, client *dial.Client) error {
 		answer <- err
 	}()
 	defer func() { s.Close(); <-answer }()
-	if err := a.sendFrom(ctx, s.Stdin, have); err != nil {
+	sendLog := a.sendLog
+	if shared {
+		sendLog = a.ring
+	}
+	if err := a.sendFrom(ctx, s.Stdin, have, sendLog); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			return cause
 		}
@@ -91,19 +101,21 @@ func (a *attempt) send(ctx context.Context, client *dial.Client) error {
 // errDone is raid's word that the result is committed.
 var errDone = errors.New("done")
 
-func readHave(lines *bufio.Reader) (int64, error) {
+// readHave reads raid's first line: what it has, and whether it shares our files.
+func readHave(lines *bufio.Reader) (have int64, shared bool, err error) {
 	line, err := lines.ReadString('\n')
 	if err != nil {
-		return 0, fmt.Errorf("raid answered %q: %w", line, err)
+		return 0, false, fmt.Errorf("raid answered %q: %w", line, err)
 	}
 	if line == "stale\n" {
-		return 0, errStale
+		return 0, false, errStale
 	}
-	n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimPrefix(line, "have "), "\n"), 10, 64)
-	if err != nil || n < 0 {
-		return 0, fmt.Errorf("raid answered %q", line)
+	word, number, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+	have, err = strconv.ParseInt(number, 10, 64)
+	if err != nil || have < 0 || word != "have" && word != "share" {
+		return 0, false, fmt.Errorf("raid answered %q", line)
 	}
-	return n, nil
+	return have, word == "share", nil
 }
 
 // readAnswer reads acknowledgements until raid says how it ends.
@@ -123,8 +135,8 @@ func readAnswer(lines *bufio.Reader) error {
 
 // sendFrom sends the log from byte have, then what have leaves of the archive, then
 // the result. have counts the bytes of the log and after them those of the archive.
-func (a *attempt) sendFrom(ctx context.Context, w io.Writer, have int64) error {
-	begun, err := a.sendLog(ctx, w, min(have, a.log.Size()))
+func (a *attempt) sendFrom(ctx context.Context, w io.Writer, have int64, sendLog logSender) error {
+	begun, err := sendLog(ctx, w, min(have, a.log.Size()))
 	if err != nil {
 		return err
 	}
@@ -152,6 +164,46 @@ func (a *attempt) sendFrom(ctx context.Context, w io.Writer, have int64) error {
 		return err
 	}
 	return job.WriteFrame(w, job.Final, res)
+}
+
+// A logSender brings the log to raid from an offset until it is sealed, and says
+// whether it has sent job.Begun.
+type logSender func(ctx context.Context, w io.Writer, from int64) (begun bool, err error)
+
+// A bell in bulk rings once for all that came within ringEvery.
+const (
+	ringBulk  = 32 << 10
+	ringEvery = time.Millisecond
+)
+
+// ring tells a raid that shares the log's files how long it is.
+func (a *attempt) ring(ctx context.Context, w io.Writer, from int64) (begun bool, err error) {
+	for {
+		size, err := a.log.Await(ctx, from)
+		if !begun && a.begun.Load() {
+			begun = true
+			if err := job.WriteFrame(w, job.Begun, nil); err != nil {
+				return begun, err
+			}
+		}
+		if err == io.EOF {
+			return begun, nil
+		}
+		if err != nil {
+			return begun, err
+		}
+		if err := job.WriteFrame(w, job.Grown, binary.BigEndian.AppendUint64(nil, uint64(size))); err != nil {
+			return begun, err
+		}
+		if size-from >= ringBulk {
+			select {
+			case <-time.After(ringEvery):
+			case <-ctx.Done():
+				return begun, context.Cause(ctx)
+			}
+		}
+		from = size
+	}
 }
 
 // sendLog sends the log as it grows, until it is sealed. The news that the first

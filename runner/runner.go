@@ -28,7 +28,7 @@ import (
 	"github.com/rai-project/raid/runner/job"
 )
 
-// Config says what a runner is. Every field but the last two is required.
+// Config says what a runner is. Every field but the last four is required.
 type Config struct {
 	Dir     string // its state folder; the caller holds its lock
 	Name    string // what users see
@@ -40,6 +40,7 @@ type Config struct {
 	Dial    func(context.Context) (*dial.Client, error)
 	Orphan  time.Duration // how long a job may run without a word from raid
 	Warm    bool          // keep one started box waiting
+	Local   bool          // raid is on this machine and may read Dir: offer it the files of the log
 	Express bool          // take short jobs only
 	Logf    func(format string, args ...any)
 }

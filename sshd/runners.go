@@ -3,6 +3,7 @@ package sshd
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,7 +27,7 @@ func runRunner(ctx context.Context, c *call) (int, error) {
 		return runJoin(ctx, c)
 	case c.args[0] == "source" && len(c.args) == 3:
 		return runRunnerSource(ctx, c)
-	case c.args[0] == "attempt" && len(c.args) == 3:
+	case c.args[0] == "attempt" && (len(c.args) == 3 || len(c.args) == 4 && c.args[3] == "share"):
 		return runAttempt(ctx, c)
 	}
 	return 0, failf(job.ExitUsage, "usage: runner "+c.cmd.usage, "unknown words after runner")
@@ -153,6 +154,7 @@ type reception struct {
 	*call
 	lease   job.Lease
 	log     *spool.Log
+	shared  bool // the log's files are the runner's
 	archive *os.File
 }
 
@@ -195,8 +197,25 @@ func (r *reception) open(rec *job.Record) (err error) {
 	if r.log, err = r.s.spools.Attempt(rec.ID, rec.Attempt, rec.Spec.Limits.Log()); err != nil {
 		return err
 	}
+	if len(r.args) == 4 && !r.log.Sealed() {
+		r.share()
+	}
 	r.archive, err = os.OpenFile(r.s.incoming(r.lease), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
 	return err
+}
+
+// share shows the files of a runner that works in our own state folder, instead of
+// having them sent. Where they are follows from its key and its lease.
+func (r *reception) share() {
+	dir, ok := r.s.locals.Load(r.Who.Fingerprint)
+	if !ok {
+		return
+	}
+	if err := r.log.Share(job.LogDir(dir.(string), r.lease)); err != nil {
+		r.s.Log.Info("a local runner's output has to be sent", "job", r.lease.Job, "err", err)
+		return
+	}
+	r.shared = true
 }
 
 // take says what is here, receives the rest and commits the result.
@@ -210,7 +229,11 @@ func (r *reception) take(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintf(r, "have %d\n", r.log.Size()+had); err != nil {
+	word := "have"
+	if r.shared {
+		word = "share"
+	}
+	if _, err := fmt.Fprintf(r, "%s %d\n", word, r.log.Size()+had); err != nil {
 		return err
 	}
 	res, err := r.frames()
@@ -262,6 +285,11 @@ func (r *reception) beside(run job.Run) error {
 	case job.Begun:
 		_, err := r.s.brain.Do(context.Background(), queue.Begin{Runner: r.Who.Fingerprint, Lease: r.lease})
 		return err
+	case job.Grown:
+		if !r.shared || len(run.Payload) != 8 {
+			break
+		}
+		return r.log.Grow(int64(binary.BigEndian.Uint64(run.Payload)))
 	case job.Sealed:
 		return r.log.Seal()
 	case job.File:

@@ -85,7 +85,8 @@ type Server struct {
 	book   keys.Book
 	admit  sync.Mutex // held from a Check of the book to its Apply
 	since  time.Time
-	secret []byte // makes aliases
+	secret []byte   // makes aliases
+	locals sync.Map // fingerprint of a local runner's key → its state folder
 }
 
 // Tables of rows that are not the queue's.
@@ -220,6 +221,18 @@ func (s *Server) enrol(ctx context.Context, e keys.Enrollment, by string, role k
 	s.book.Apply(u, k)
 	s.Log.Info("enrolled", "user", u.Name, "role", u.Role, "team", u.Team, "key", k.Fingerprint, "by", by)
 	return u, k, nil
+}
+
+// Local says that the runner with a key, in authorized_keys form, works in the state
+// folder dir on this machine. Its output is then read where it is; it must be trusted
+// like this process.
+func (s *Server) Local(line, dir string) error {
+	k, err := keys.ParseKey(line)
+	if err != nil {
+		return err
+	}
+	s.locals.Store(k.Fingerprint, dir)
+	return nil
 }
 
 // Enrolled reports whether a key, in authorized_keys form, is somebody's.

@@ -62,7 +62,7 @@ func table() []command {
 		{name: "help", role: keys.Guest, usage: "[COMMAND]", args: [2]int{0, 1}, run: runHelp, about: "this list, or one command in full"},
 		{name: "admin", role: keys.Staff, usage: "enroll | pause POOL | resume POOL | drain RUNNER | undrain RUNNER", args: [2]int{1, -1}, hidden: true, run: runAdmin,
 			about: "for staff: enrol people (rai-keygen speaks this), hold back pools and runners"},
-		{name: "runner", role: keys.Runner, usage: "join | source JOB FENCE | attempt JOB FENCE", args: [2]int{1, 3}, hidden: true, run: runRunner,
+		{name: "runner", role: keys.Runner, usage: "join | source JOB FENCE | attempt JOB FENCE [share]", args: [2]int{1, 4}, hidden: true, run: runRunner,
 			about: "what runners say to raid"},
 	}
 }

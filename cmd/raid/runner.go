@@ -102,7 +102,7 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 		logger.Warn("weaker than a container", "engine", engine.Name(), "what", w)
 	}
 	r := runner.New(runner.Config{Dir: dir, Name: slot.Name, Pools: slot.Pools, Arch: runtime.GOARCH, Engine: engine,
-		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Express: slot.Express, Logf: logger.Infof,
+		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Express: slot.Express, Local: f.server == "", Logf: logger.Infof,
 		Dial: func(ctx context.Context) (*dial.Client, error) { return f.dial(ctx, dir) }})
 	defer context.AfterFunc(first, r.Drain)()
 	killable, kill := context.WithCancelCause(ctx)

@@ -117,6 +117,9 @@ func (sl *slot) prepare(ctx context.Context, srv *sshd.Server, f slotFile) error
 			return err
 		}
 	}
+	if err := srv.Local(public, sl.dir); err != nil {
+		return err
+	}
 	b, err := json.Marshal(f)
 	if err != nil {
 		return err

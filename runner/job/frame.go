@@ -29,6 +29,7 @@ const (
 	Ready  Kind = 'y' // out of a box: the shim waits for its order
 	Begun  Kind = 'b' // out of a box: the first step is about to start
 	Sealed Kind = 'd' // runner → raid: the log is complete; file and result follow
+	Grown  Kind = 'w' // local runner → raid, instead of the log: 8 bytes, big endian, where it ends now
 )
 
 // Logged reports whether frames of kind k belong in a job's log.
@@ -73,7 +74,7 @@ func ParseHeader(b []byte) (k Kind, n int, err error) {
 	}
 	k, n = Kind(b[0]), int(binary.BigEndian.Uint32(b[1:]))
 	switch k {
-	case Out, Err, Raid, Mark, Gap, File, Final, Order, Stop, Ready, Begun, Sealed:
+	case Out, Err, Raid, Mark, Gap, File, Final, Order, Stop, Ready, Begun, Sealed, Grown:
 	default:
 		return 0, 0, fmt.Errorf("%w: kind %q", ErrFrame, byte(k))
 	}

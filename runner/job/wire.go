@@ -1,5 +1,10 @@
 package job
 
+import (
+	"fmt"
+	"path/filepath"
+)
+
 // The lines of `runner join`: one JSON object a line, both ways. A runner opens
 // with Hello; from then on it sends Beats and raid sends Calls.
 
@@ -53,4 +58,15 @@ type Offer struct {
 	Spec    Spec   `json:"spec"`
 	Source  bool   `json:"source"`        // there is a tar to fetch
 	Say     string `json:"say,omitempty"` // the line this attempt's log begins with
+}
+
+// LogDir is where a runner with the state folder dir keeps the log of an attempt. A raid
+// that shares the machine shows the files there instead of having them sent.
+func LogDir(dir string, l Lease) string {
+	return filepath.Join(AttemptDir(dir, l), "log")
+}
+
+// AttemptDir is the folder of an attempt.
+func AttemptDir(dir string, l Lease) string {
+	return filepath.Join(dir, "attempts", fmt.Sprintf("%d-%d", l.Job, l.Fence))
 }

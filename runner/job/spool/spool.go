@@ -11,8 +11,8 @@
 // before a segment the name also says from where: "%016x-%016x.seg", start and the
 // first byte missing. So the chain of names and sizes proves itself: a segment that
 // a power cut left short shows as a broken chain, and the log is cut back to there.
-// An empty file "sealed" says that the log is complete. Another process can follow
-// the files if it is told when they grow.
+// An empty file "sealed" says that the log is complete. Another process can show
+// the same files if it is told when they grow: [Log.Share].
 //
 // Over the limit the middle goes: the first half and the newest half stay.
 //
@@ -23,6 +23,7 @@
 package spool
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -66,6 +67,7 @@ type Log struct {
 
 	append sync.Mutex // held by what changes the log, also while it writes; taken before mu
 	limit  int64      // guarded by append
+	from   string     // the folder of the log that Share named; guarded by append
 
 	mu     sync.Mutex // guards the following; never held during a read, write or fsync of data
 	segs   []*segment // ascending; the last is the one that grows
@@ -208,7 +210,7 @@ func (l *Log) cut() error {
 		return err
 	}
 	whole, err := scan(f, s.size)
-	if err == nil && whole < s.size {
+	if err == nil && whole < s.size && !linked(f) { // the other owner may be in the middle of that frame
 		err = f.Truncate(whole)
 	}
 	if err != nil {
@@ -262,6 +264,9 @@ func (l *Log) Append(frames []byte) error {
 	defer l.append.Unlock()
 	if err := l.writable(); err != nil {
 		return err
+	}
+	if l.from != "" {
+		return fmt.Errorf("append to spool: %w", ErrApart) // or two would write one file
 	}
 	if err := check(frames, l.Size()); err != nil {
 		return err
@@ -494,6 +499,32 @@ func (l *Log) sizeLocked() int64 {
 	return l.current().end()
 }
 
+// Await returns Size once that is beyond n. The error is as a reader's at the end.
+func (l *Log) Await(ctx context.Context, n int64) (int64, error) {
+	for {
+		l.mu.Lock()
+		size, sealed, closed := l.sizeLocked(), l.sealed, l.closed
+		var bell chan struct{}
+		if size <= n && !sealed && !closed {
+			bell = l.bellLocked()
+		}
+		l.mu.Unlock()
+		switch {
+		case size > n:
+			return size, nil
+		case sealed:
+			return size, io.EOF
+		case closed:
+			return size, errClosed
+		}
+		select {
+		case <-bell:
+		case <-ctx.Done():
+			return size, context.Cause(ctx)
+		}
+	}
+}
+
 // Dropped returns how many of the bytes before Size are no longer, or never were, here.
 func (l *Log) Dropped() int64 {
 	l.mu.Lock()
@@ -595,6 +626,9 @@ func (l *Log) Seal() error {
 		return nil
 	case err != nil:
 		return fmt.Errorf("seal spool: %w", fs.ErrClosed)
+	}
+	if err := l.part(); err != nil {
+		return fmt.Errorf("seal spool: %w", err)
 	}
 	// The data first: a marker without its data would make a short log look whole.
 	if err := l.syncData(); err != nil {
