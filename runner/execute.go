@@ -183,7 +183,7 @@ func (x *execution) endSteps(why job.Reason, armed <-chan time.Time) <-chan time
 // reads cannot even be killed in some engines (moby/moby#41827).
 func (x *execution) drain(r *Runner) error {
 	err := x.frames(r)
-	if err != nil && !errors.Is(err, io.EOF) {
+	if !errors.Is(err, io.EOF) {
 		x.box.Kill() // what speaks no frames is no shim of ours any more
 		io.Copy(io.Discard, x.box.Stdout())
 	}

@@ -311,7 +311,6 @@ type fair struct {
 	limit  time.Duration
 	ids    map[int64]int       // the core's id → ours
 	leases map[int]queue.Offer // ours → lease
-	starts []int
 }
 
 const pool = "sim"
