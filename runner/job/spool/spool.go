@@ -435,8 +435,8 @@ func (l *Log) create(s *segment) error {
 func (l *Log) trim() error {
 	for l.over() {
 		h := l.head()
-		if h >= len(l.segs)-1 {
-			return nil
+		if h >= len(l.segs)-1 || l.tail(h+1) < l.limit/4 && len(l.segs) <= maxSegments {
+			return nil // frames larger than a small limit's share: the last words count for more than the limit
 		}
 		if err := l.drop(h); err != nil {
 			return err
@@ -447,6 +447,14 @@ func (l *Log) trim() error {
 
 func (l *Log) over() bool {
 	return l.limit > 0 && l.kept+l.segmentSize() > l.limit || len(l.segs) > maxSegments
+}
+
+// tail is how many bytes the segments from i on hold.
+func (l *Log) tail(i int) (n int64) {
+	for _, s := range l.segs[i:] {
+		n += s.size
+	}
+	return n
 }
 
 // head counts the segments of the first half: those in one piece with the start.
