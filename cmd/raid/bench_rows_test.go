@@ -46,7 +46,7 @@ func benchEcho(b *bench) {
 	}
 	if b.image == "" {
 		s := b.race(11, cs...)
-		b.number("submit → exit of echo, warm box", s["warm"].in("ms"), "—", true)
+		b.plain("submit → exit of echo, warm box", s["warm"].in("ms"))
 		b.skipRow("the same against docker run", b.why)
 		return
 	}
@@ -121,9 +121,16 @@ func dockerFirstByte(b *bench) float64 {
 	})
 }
 
-// benchUpload sends 1 GiB to a raid that has no runner, so that nothing runs besides.
+// benchUpload sends 1 GiB to a raid whose one runner is busy, so that nothing runs
+// besides.
 func benchUpload(b *bench) {
 	r := b.raids["remote"]
+	busy := r.detach(b, "sleep 600")
+	r.wait(b, busy, func(s job.State) bool { return s == job.Running })
+	defer func() {
+		r.ask(b, fmt.Sprintf("cancel %d", busy))
+		r.wait(b, busy, job.State.Final)
+	}()
 	var before, most float64
 	up := func(cipher string) float64 {
 		in := b.freshBlob()
@@ -186,7 +193,6 @@ const printGiB = "dd if=/dev/zero bs=128k count=8192 status=none"
 // runner that reaches raid over SSH. The replay comes after it.
 func benchLive(b *bench) {
 	main := b.raids["main"]
-	b.join(b.raids["remote"])
 	file := filepath.Join(b.dir, "blob.tar")
 	var last int64
 	var before, most float64
@@ -403,11 +409,10 @@ func benchQueue(b *bench) {
 	defer stop()
 	one, waits := b.cycles(br, 1, 3*time.Second)
 	many, _ := b.cycles(br, 256, 5*time.Second)
-	b.number("submit + lease + finish, durable, SQLite, 1 client", fmt.Sprintf("%.0f /s", one), "—", true)
+	b.plain("submit + lease + finish, durable, SQLite, 1 client", fmt.Sprintf("%.0f /s", one))
 	b.number("the same, 256 clients", fmt.Sprintf("%.0f /s", many), "≥ 20,000 /s", many >= 20_000)
 	p50, p99 := waits.median(), waits.quantile(0.99)
-	b.number("commit returned → offer at an idle runner (in the process)", fmt.Sprintf("p50 %.3f, p99 %.3f ms", p50, p99),
-		"p50 ≤ 0.5, p99 ≤ 2 ms", p50 <= 0.5 && p99 <= 2)
+	b.plain("submit called → offer at an idle runner (in the process, the commit included)", fmt.Sprintf("p50 %s, p99 %s ms", number(p50), number(p99)))
 }
 
 func (b *bench) startBrain(st store.Store) (*brain.Brain, func()) {
@@ -432,7 +437,8 @@ func aJob(user string) queue.Submit {
 }
 
 // cycles runs so many clients, each with a runner, for so long. It returns cycles a
-// second, and how long after a commit the offer came, in ms.
+// second, and how long after the call of a submit the offer came, in ms: its commit is
+// part of that, because an offer may be read before the submit has returned.
 func (b *bench) cycles(br *brain.Brain, clients int, long time.Duration) (rate float64, waits sample) {
 	ctx, cancel := context.WithTimeout(context.Background(), long)
 	defer cancel()
@@ -468,13 +474,14 @@ func cycle(ctx context.Context, b *bench, br *brain.Brain, name string) (n int, 
 			b.Error(err)
 			return n, waits
 		}
+		sent, read := time.Now(), make(chan time.Time, 1)
+		var offer *job.Offer
+		go func() { offer = (<-l.Calls()).Offer; read <- time.Now() }() // ends with the offer, or the link
 		if _, err := br.Do(back, submit); err != nil {
 			b.Error(err)
 			return n, waits
 		}
-		committed := time.Now()
-		offer := (<-l.Calls()).Offer
-		waits = append(waits, float64(time.Since(committed).Microseconds())/1000)
+		waits = append(waits, float64((<-read).Sub(sent).Microseconds())/1000)
 		done := queue.Finish{Runner: name, Lease: offer.Lease, Result: job.Result{Reason: job.ReasonExit, Begun: true}}
 		if _, err := br.Do(back, done); err != nil {
 			b.Error(err)
@@ -552,8 +559,10 @@ func benchRestart(b *bench) {
 	pid := r.runnerPIDSoon(b)
 	j := r.wait(b, 1, func(s job.State) bool { return s != job.Queued })
 	ms := float64(j.StartedAt.Sub(start).Milliseconds())
-	syscall.Kill(r.pid, syscall.SIGKILL)
-	syscall.Kill(pid, syscall.SIGKILL)
+	syscall.Kill(r.pid, syscall.SIGKILL) // or it would run the other 99,999
+	syscall.Kill(pid, syscall.SIGTERM)   // the runner removes its boxes; it is told twice,
+	time.Sleep(100 * time.Millisecond)   // for it has nobody to deliver its job to
+	syscall.Kill(pid, syscall.SIGTERM)
 	b.Logf("listens after %v", listens)
 	b.number("restart with 100,000 queued jobs → first dispatch", fmt.Sprintf("%.0f ms", ms), "≤ 2,000 ms", ms <= 2000)
 }

@@ -159,6 +159,11 @@ func (b *bench) number(what, ours, goal string, ok bool) {
 	b.rows = append(b.rows, row{what, ours, "—", "—", goal, verdict(ok)})
 }
 
+// plain adds a row without a goal.
+func (b *bench) plain(what, ours string) {
+	b.rows = append(b.rows, row{what, ours, "—", "—", "—", ""})
+}
+
 // skipRow says why there is no number.
 func (b *bench) skipRow(what, why string) {
 	b.rows = append(b.rows, row{what, "—", "—", "—", "—", "skipped: " + why})
@@ -217,7 +222,10 @@ func fileSystem() string {
 }
 
 func firstLine(name string, args ...string) string {
-	out, _ := exec.Command(name, args...).CombinedOutput()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return ""
+	}
 	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
 	return line
 }
@@ -260,6 +268,7 @@ func newBench(t *testing.T) *bench {
 	b.raids["mirror"] = b.startRaid(t, "mirror", "[mirror]\nredis = \""+b.redis.url+"\"\n")
 	b.raids["cold"] = b.startRaid(t, "cold", "[box]\nwarm = 0\n")
 	b.raids["remote"] = b.startRaid(t, "remote", "[runners]\nlocal = 0\n")
+	b.join(b.raids["remote"])
 	b.peer = b.startSSHD(t)
 	b.image, b.why = b.makeImage(t)
 	b.blob = b.makeBlob(t)

@@ -171,10 +171,16 @@ func (s server) dial(t testing.TB) *ssh.Client {
 	return c
 }
 
-// ask runs a command over the standing connection and returns its stdout.
+// ask runs a command over the standing connection and returns its stdout. raid closes
+// one that is idle for long; then there is a new one.
 func (r *raid) ask(t testing.TB, command string) []byte {
 	t.Helper()
 	s, err := r.conn.NewSession()
+	if err != nil {
+		r.conn.Close()
+		r.conn = r.dial(t)
+		s, err = r.conn.NewSession()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
