@@ -3,6 +3,7 @@ package runner
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -30,11 +31,15 @@ type attempt struct {
 	over   chan struct{}           // closed when result is set, or never will be
 	result *job.Result             // nil if the attempt ended without one; read after over
 	cancel context.CancelCauseFunc // ends everything at once, without a verdict
+	giveUp context.CancelCauseFunc // ends the box at once; a result is kept and delivered
 	once   sync.Once
 }
 
 func (r *Runner) newAttempt(o job.Offer) (*attempt, error) {
 	dir := job.AttemptDir(r.Dir, o.Lease)
+	if err := os.RemoveAll(dir); err != nil { // of a raid whose numbers began again
+		return nil, err
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -43,7 +48,7 @@ func (r *Runner) newAttempt(o job.Offer) (*attempt, error) {
 		return nil, err
 	}
 	if err := writeJSON(filepath.Join(dir, "offer.json"), o); err != nil {
-		return nil, err
+		return nil, errors.Join(err, a.remove())
 	}
 	if o.Say != "" {
 		a.say(o.Say)
@@ -56,7 +61,8 @@ func prepareAttempt(dir string, o job.Offer) (*attempt, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the log: %w", err)
 	}
-	return &attempt{offer: o, dir: dir, log: log, ends: make(chan job.Reason, 4), over: make(chan struct{}), cancel: func(error) {}}, nil
+	return &attempt{offer: o, dir: dir, log: log, ends: make(chan job.Reason, 4), over: make(chan struct{}),
+		cancel: func(error) {}, giveUp: func(error) {}}, nil
 }
 
 // openAttempt reads back an attempt of an earlier process that has its result.
@@ -88,19 +94,20 @@ func (a *attempt) end(why job.Reason) {
 }
 
 // conclude writes the result and seals the log: from now on it survives this
-// process. A nil result only lets everybody go.
+// process. After an error it does not, but what there is will be delivered. A nil
+// result only lets everybody go.
 func (a *attempt) conclude(res *job.Result) (err error) {
 	a.once.Do(func() {
 		defer close(a.over)
 		if res == nil {
 			return
 		}
+		a.result = res
 		if err = a.log.Seal(); err != nil {
+			a.log.Close() // ends its readers, too
 			return
 		}
-		if err = writeJSON(filepath.Join(a.dir, "result.json"), res); err == nil {
-			a.result = res
-		}
+		err = writeJSON(filepath.Join(a.dir, "result.json"), res)
 	})
 	return err
 }

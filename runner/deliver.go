@@ -2,12 +2,17 @@ package runner
 
 import (
 	"bufio"
+	"bytes"
+	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -29,6 +34,7 @@ func (r *Runner) deliver(ctx context.Context, a *attempt) error {
 		if err != nil {
 			return err
 		}
+		began := time.Now()
 		err = a.send(ctx, client, r.Local)
 		switch {
 		case err == nil, errors.Is(err, errStale):
@@ -45,6 +51,9 @@ func (r *Runner) deliver(ctx context.Context, a *attempt) error {
 		default:
 		}
 		r.Logf("job %d: sending stopped: %v", a.offer.Job, err)
+		if time.Since(began) > retryMax {
+			wait = retryMin // it worked for a while: this is another trouble
+		}
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -186,7 +195,7 @@ func (a *attempt) ring(ctx context.Context, w io.Writer, from int64) (begun bool
 				return begun, err
 			}
 		}
-		if err == io.EOF {
+		if err == io.EOF || errors.Is(err, fs.ErrClosed) {
 			return begun, nil
 		}
 		if err != nil {
@@ -225,7 +234,7 @@ func (a *attempt) sendLog(ctx context.Context, w io.Writer, from int64) (begun b
 				return begun, err
 			}
 		}
-		if err == io.EOF {
+		if err == io.EOF || errors.Is(err, fs.ErrClosed) { // closed: a full disk, see conclude
 			return begun, nil
 		}
 		if err != nil {
@@ -264,35 +273,86 @@ func (a *attempt) sendArchive(w io.Writer, from int64) error {
 	}
 }
 
-// sendSource fetches the checked tar of a job and writes it into a box as frames.
+// sendSource fetches the checked tar of a job and writes it into a box as frames. A
+// connection that breaks costs no attempt: raid makes the same tar again, and what the
+// box has of it is left out.
 func (r *Runner) sendSource(ctx context.Context, l job.Lease, w io.Writer) error {
-	client, err := r.connection(ctx)
+	f := &fetch{box: w, sum: sha256.New()}
+	for wait := retryMin; ; wait = min(2*wait, retryMax) {
+		client, err := r.connection(ctx)
+		if err != nil {
+			return err
+		}
+		err = f.once(ctx, client, l)
+		if err == nil {
+			return job.WriteFrame(w, job.File, nil)
+		}
+		if cause := context.Cause(ctx); cause != nil {
+			return cause
+		}
+		if !errors.Is(err, dial.ErrLost) {
+			return fmt.Errorf("fetch the source: %w", err)
+		}
+		r.Logf("job %d: fetch the source: %v", l.Job, err)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// A fetch is a source on its way into a box.
+type fetch struct {
+	box  io.Writer
+	sent int64     // bytes of the tar that the box has
+	sum  hash.Hash // of them
+}
+
+// once opens one session and sends what the box has not. The error wraps dial.ErrLost
+// when it may be tried again.
+func (f *fetch) once(ctx context.Context, client *dial.Client, l job.Lease) error {
+	s, err := client.Start(ctx, fmt.Sprintf("runner source %d %d", l.Job, l.Fence), nil)
 	if err != nil {
 		return err
 	}
-	s, err := client.Start(ctx, fmt.Sprintf("runner source %d %d", l.Job, l.Fence), nil)
-	if err != nil {
-		return fmt.Errorf("fetch the source: %w", err)
-	}
 	defer s.Close()
+	if err := f.skip(s); err != nil {
+		return err
+	}
 	buf := make([]byte, job.HeaderLen+wireRoom)
 	for {
 		n, err := s.Stdout.Read(buf[job.HeaderLen:])
 		if n > 0 {
 			job.PutHeader(buf, job.File, n)
-			if _, err := w.Write(buf[:job.HeaderLen+n]); err != nil {
-				return fmt.Errorf("unpack the source: %w", err)
+			if _, err := f.box.Write(buf[:job.HeaderLen+n]); err != nil {
+				return fmt.Errorf("unpack: %w", err)
 			}
-		}
-		if err == io.EOF {
-			break
+			f.sent += int64(n)
+			f.sum.Write(buf[job.HeaderLen : job.HeaderLen+n])
 		}
 		if err != nil {
-			return fmt.Errorf("fetch the source: %w", err)
+			return ended(s)
 		}
 	}
-	if exit, err := s.Wait(); err != nil || exit != 0 {
-		return fmt.Errorf("fetch the source: status %d: %w", exit, err)
+}
+
+// skip reads over what the box has, which must be the same bytes again.
+func (f *fetch) skip(s *dial.Session) error {
+	again := sha256.New()
+	if _, err := io.CopyN(again, s.Stdout, f.sent); err != nil {
+		return cmp.Or(ended(s), io.ErrUnexpectedEOF)
 	}
-	return job.WriteFrame(w, job.File, nil)
+	if !bytes.Equal(again.Sum(nil), f.sum.Sum(nil)) {
+		return errors.New("it has changed")
+	}
+	return nil
+}
+
+// ended says why a session has no more to read, nil when all was well.
+func ended(s *dial.Session) error {
+	exit, err := s.Wait()
+	if err == nil && exit != 0 {
+		err = fmt.Errorf("raid refused with status %d", exit)
+	}
+	return err
 }

@@ -2,12 +2,14 @@ package runner
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/rai-project/raid/runner/box"
@@ -35,10 +37,14 @@ type execution struct {
 	collect   chan struct{} // closed at the first byte of /build, or at the result
 	collectAt time.Time
 
-	printed int64
-	archive *os.File
-	final   *job.Result // what the shim reported
-	why     job.Reason  // what we ended it for; "" if we did not
+	printed  int64
+	missed   int64 // bytes of log that the disk did not take
+	archive  *os.File
+	archived int64
+	lost     error         // why there is no archive, if there was one
+	final    *job.Result   // what the shim reported
+	why      job.Reason    // what we ended it for; "" if we did not
+	told     chan struct{} // closed when the shim was told to end, nil before
 }
 
 // execute runs an attempt to its result. It returns when the box is gone.
@@ -65,7 +71,6 @@ func (r *Runner) execute(ctx context.Context, a *attempt, warm *warmBox) {
 	res.OutBytes = x.printed
 	if err := a.conclude(&res); err != nil {
 		r.Logf("job %d: keep the result: %v", a.offer.Job, err)
-		a.cancel(errStale)
 	}
 }
 
@@ -94,22 +99,36 @@ func (x *execution) run(ctx context.Context, r *Runner, warm *warmBox) (res job.
 			x.logf("job %d: remove the box: %v", x.offer.Job, cerr)
 		}
 	}()
-	drained := make(chan error, 1)
-	go func() { drained <- x.drain(r) }() // ends when the box's stdout does; Kill ends that
-	defer func() { x.box.Kill(); <-drained }()
-	stop := context.AfterFunc(ctx, x.box.Kill)
-	defer stop()
-	fed := make(chan error, 1)
-	go func() { fed <- x.feed(ctx, r) }() // ends when the box's stdin breaks
-	err = x.watch(ctx, drained, fed)
-	drained <- nil // watch took the only value; the deferred wait needs one
-	if cause := context.Cause(ctx); cause != nil {
+	err = x.live(ctx, r)
+	if cause := context.Cause(ctx); cause != nil && x.final == nil {
 		return res, cause
 	}
 	if err != nil && !x.begun.Load() {
 		return res, err
 	}
+	// A shim that has closed its stdout is about to exit; no box may hold the slot.
+	defer time.AfterFunc(shimGrace, x.box.Kill).Stop()
 	return x.verdict(x.box.Wait()), nil
+}
+
+// live talks with the box until all has been said. The error is that of the source or
+// of what the box said.
+func (x *execution) live(ctx context.Context, r *Runner) error {
+	feeding, unfeed := context.WithCancel(ctx)
+	drained, fed := make(chan error, 1), make(chan error, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() { drained <- x.drain() })      // ends with the box's stdout
+	wg.Go(func() { fed <- x.feed(feeding, r) }) // ends with the box's stdin
+	defer func() {
+		defer time.AfterFunc(shimGrace, x.box.Kill).Stop() // a box may close one and keep the other
+		unfeed()
+		wg.Wait()
+		if x.told != nil {
+			<-x.told
+		}
+	}()
+	defer context.AfterFunc(ctx, x.box.Kill)()
+	return x.watch(ctx, drained, fed)
 }
 
 // feed sends the order and the source.
@@ -147,8 +166,7 @@ func (x *execution) watch(ctx context.Context, drained, fed chan error) error {
 		case err := <-fed:
 			if err != nil {
 				x.box.Kill()
-				<-drained
-				return err
+				return errors.Join(err, <-drained)
 			}
 		case <-started:
 			started = nil
@@ -169,26 +187,27 @@ func (x *execution) watch(ctx context.Context, drained, fed chan error) error {
 // endSteps tells the shim to end the steps and arms the timer that ends the box if
 // the shim does not.
 func (x *execution) endSteps(why job.Reason, armed <-chan time.Time) <-chan time.Time {
-	if x.why == "" {
-		x.why = why
-	}
-	go job.WriteFrame(x.box.Stdin(), job.Stop, []byte(why)) // may block on a full pipe; Kill frees it
-	if armed != nil {
+	if x.why != "" { // once: a second Stop would cut the grace of the first short
 		return armed
 	}
+	x.why, x.told = why, make(chan struct{})
+	go func() { // may block on a full pipe; the end of the box frees it, and live waits
+		defer close(x.told)
+		job.WriteFrame(x.box.Stdin(), job.Stop, []byte(why))
+	}()
 	return time.After(termGrace + shimGrace)
 }
 
 // drain reads the box's output to its end. It is always reading: a box that nobody
 // reads cannot even be killed in some engines (moby/moby#41827).
-func (x *execution) drain(r *Runner) error {
-	err := x.frames(r)
+func (x *execution) drain() error {
+	err := x.frames()
 	if !errors.Is(err, io.EOF) {
 		x.box.Kill() // what speaks no frames is no shim of ours any more
 		io.Copy(io.Discard, x.box.Stdout())
 	}
 	if x.archive != nil {
-		err = errors.Join(err, x.archive.Close())
+		x.archive.Close()
 	}
 	if errors.Is(err, io.EOF) {
 		return nil
@@ -196,17 +215,19 @@ func (x *execution) drain(r *Runner) error {
 	return err
 }
 
-func (x *execution) frames(r *Runner) error {
+func (x *execution) frames() error {
 	in := job.NewSplitter(x.box.Stdout())
 	for {
 		run, err := in.Next()
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
-		}
-		if run.Log != nil {
+		case x.final != nil:
+			return fmt.Errorf("%w: more after the result", job.ErrFrame)
+		case run.Log != nil:
 			err = x.output(run)
-		} else {
-			err = x.signal(r, run)
+		default:
+			err = x.signal(run)
 		}
 		if err != nil {
 			return err
@@ -214,11 +235,24 @@ func (x *execution) frames(r *Runner) error {
 	}
 }
 
-// output keeps what the job said. A disk that cannot take it costs the output, not
-// the drain.
+// output keeps what the job said. A disk that cannot take it costs the output, and
+// the log says how much, but not the job.
 func (x *execution) output(run job.Run) error {
-	if err := x.log.Append(run.Log); err != nil {
+	end, frames := x.log.Size(), run.Log
+	if x.missed > 0 {
+		gap := binary.BigEndian.AppendUint64(nil, uint64(x.missed))
+		frames = append(job.AppendFrame(nil, job.Gap, gap), frames...)
+	}
+	err := x.log.Append(frames)
+	if errors.Is(err, job.ErrFrame) {
 		return fmt.Errorf("keep the output: %w", err)
+	}
+	if err != nil && x.missed == 0 {
+		x.logf("job %d: keep the output: %v", x.offer.Job, err)
+	}
+	x.missed += int64(len(run.Log))
+	if x.missed -= x.log.Size() - end; err == nil {
+		x.missed = 0
 	}
 	x.printed += run.Printed
 	if max := x.offer.Spec.Limits.Output; max > 0 && x.printed > max*job.OutputEnd {
@@ -229,21 +263,26 @@ func (x *execution) output(run job.Run) error {
 
 // signal takes the frames that are not output. The box is not trusted with any
 // other: a shim never sends them.
-func (x *execution) signal(r *Runner, run job.Run) error {
+func (x *execution) signal(run job.Run) error {
 	switch run.Kind {
 	case job.Ready:
 		return once(x.ready)
 	case job.Begun:
-		x.startedAt = time.Now()
-		x.begun.Store(true)
+		if !x.begun.Swap(true) {
+			x.startedAt = time.Now()
+		}
 		return once(x.started)
 	case job.File:
 		x.collecting()
 		return x.keepArchive(run.Payload)
 	case job.Final:
 		x.collecting()
-		x.final = new(job.Result)
-		return json.Unmarshal(run.Payload, x.final)
+		var res job.Result
+		if err := json.Unmarshal(run.Payload, &res); err != nil {
+			return fmt.Errorf("%w: result: %w", job.ErrFrame, err)
+		}
+		x.final = &res
+		return nil
 	}
 	return fmt.Errorf("%w: kind %q from a box", job.ErrFrame, byte(run.Kind))
 }
@@ -268,14 +307,27 @@ func (x *execution) collecting() {
 	}
 }
 
-func (x *execution) keepArchive(p []byte) (err error) {
-	if x.archive == nil {
-		if x.archive, err = os.OpenFile(x.archivePath(), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600); err != nil {
-			return err
-		}
+// keepArchive keeps a piece of /build. What the disk does not take costs /build, not
+// the job.
+func (x *execution) keepArchive(p []byte) error {
+	x.archived += int64(len(p))
+	if max := x.offer.Spec.Limits.Tar(); max > 0 && x.archived > max {
+		return fmt.Errorf("%w: a /build without end", job.ErrFrame)
 	}
-	_, err = x.archive.Write(p)
-	return err
+	if x.lost != nil {
+		return nil
+	}
+	if x.archive == nil {
+		x.archive, x.lost = os.OpenFile(x.archivePath(), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	}
+	if x.lost == nil {
+		_, x.lost = x.archive.Write(p)
+	}
+	if x.lost != nil {
+		x.logf("job %d: keep /build: %v", x.offer.Job, x.lost)
+		os.Remove(x.archivePath())
+	}
+	return nil
 }
 
 // verdict joins what the shim said with what was seen from outside.
@@ -283,7 +335,7 @@ func (x *execution) verdict(exit box.Exit) job.Result {
 	end := time.Now()
 	res := job.Result{Reason: job.ReasonKilled, Exit: job.ExitKilled, Note: "the box died"}
 	if x.final != nil {
-		res = *x.final
+		res = x.believed(*x.final)
 	} else if x.why != "" {
 		res = job.Result{Reason: x.why, Exit: x.why.Exit(), Note: "the box had to be killed, so /build is lost"}
 	}
@@ -296,13 +348,64 @@ func (x *execution) verdict(exit box.Exit) job.Result {
 		}
 	}
 	res.Begun = x.begun.Load()
-	if !res.Begun && x.final == nil {
+	if !res.Begun && x.final == nil && x.why == "" {
 		res.Reason, res.Exit = job.ReasonInfra, job.ExitInfra
 		res.Note = "the box ended before the first step: " + exit.Detail
+	}
+	if x.lost != nil {
+		res.Note = "/build is lost: the runner could not keep it"
 	}
 	x.times(&res, end)
 	return res
 }
+
+// Bounds of what a result may repeat of the job's own words.
+const (
+	maxNote   = 1 << 10
+	maxSignal = 32
+	maxLine   = 4 << 10
+	maxSteps  = 1000
+)
+
+// believed is what may be taken from a result that came out of a box, where the job's
+// own code runs, too: only a failure of the job itself, or a success of steps that
+// were started. Raid's fault is for us to find.
+func (x *execution) believed(res job.Result) job.Result {
+	begun := x.begun.Load()
+	switch ok := res.Exit >= 0 && res.Exit <= 255; res.Reason {
+	case job.ReasonExit:
+		ok = ok && begun
+		fallthrough
+	case job.ReasonSignal, job.ReasonTimeout, job.ReasonOOM, job.ReasonOutputLimit, job.ReasonDiskLimit:
+		if !ok || res.Reason != job.ReasonExit && res.Exit == 0 {
+			return forged
+		}
+	case job.ReasonInfra:
+		if begun {
+			return forged
+		}
+	default:
+		if res.Reason != x.why {
+			return forged
+		}
+	}
+	res.Note, res.Signal = clip(res.Note, maxNote), clip(res.Signal, maxSignal)
+	res.Steps = res.Steps[:min(len(res.Steps), len(x.offer.Spec.Steps), maxSteps)]
+	for n := maxLine; ; n /= 2 { // it has to fit a frame again
+		for i := range res.Steps {
+			res.Steps[i].Line = clip(res.Steps[i].Line, n)
+			res.Steps[i].Signal = clip(res.Steps[i].Signal, maxSignal)
+		}
+		if b, err := json.Marshal(res); err != nil || len(b) <= job.MaxFrame/2 {
+			return res
+		}
+	}
+}
+
+// forged is the verdict on a job whose box reported what no shim does.
+var forged = job.Result{Reason: job.ReasonKilled, Exit: job.ExitKilled, Note: "the box sent a result that makes no sense"}
+
+func clip(s string, n int) string { return strings.ToValidUTF8(s[:min(len(s), n)], "") }
 
 func (x *execution) times(res *job.Result, end time.Time) {
 	if x.startedAt.IsZero() {

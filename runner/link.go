@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/rai-project/raid/keys/dial"
@@ -34,7 +35,7 @@ func (r *Runner) link(ctx context.Context) {
 		}
 		r.Logf("raid is out of reach: %v", err)
 		if a := r.holding(); a != nil && time.Since(last) > r.Orphan {
-			a.cancel(errOrphan)
+			a.giveUp(errOrphan) // a result that is there already waits on
 		}
 		select {
 		case <-ctx.Done():
@@ -57,40 +58,40 @@ func (r *Runner) connect(ctx context.Context) (heard bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer client.Close()
+	ctx, cancel := context.WithCancelCause(ctx)
+	var wg sync.WaitGroup
+	defer func() { cancel(errCut); client.Close(); wg.Wait() }()
+	// A frozen connection blocks whoever writes to it, perhaps in the middle of a
+	// beat: only closing it frees them all.
+	defer context.AfterFunc(ctx, func() { client.Close() })()
+	late := time.AfterFunc(beatLate, func() { cancel(errLate) })
+	defer late.Stop()
 	s, err := client.Start(ctx, "runner join", nil)
 	if err != nil {
 		return false, err
 	}
-	calls := make(chan job.Call)
-	broken := make(chan error, 1)
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(errCut)
-	go func() { broken <- readCalls(ctx, s, calls) }() // ends with the session, which client.Close ends
-	defer func() { cancel(errCut); client.Close(); <-broken }()
 	defer r.setClient(nil)
-	return r.converse(ctx, client, s, calls, broken)
+	calls := make(chan job.Call)
+	wg.Go(func() { cancel(readCalls(ctx, s, calls)) }) // ends with the session, which client.Close ends
+	heard, err = r.converse(ctx, client, s, calls, late)
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause // and what broke because of it is no news
+	}
+	return heard, err
 }
 
 // converse beats and obeys until something breaks.
-func (r *Runner) converse(ctx context.Context, client *dial.Client, s *dial.Session, calls <-chan job.Call, broken chan error) (heard bool, err error) {
+func (r *Runner) converse(ctx context.Context, client *dial.Client, s *dial.Session, calls <-chan job.Call, late *time.Timer) (heard bool, err error) {
 	out := json.NewEncoder(s.Stdin)
 	if err := out.Encode(r.hello()); err != nil {
 		return false, fmt.Errorf("say hello: %w", err)
 	}
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
-	late := time.NewTimer(beatLate)
-	defer late.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return heard, context.Cause(ctx)
-		case err := <-broken:
-			broken <- err // the caller waits for it, too
-			return heard, err
-		case <-late.C:
-			return heard, fmt.Errorf("no answer for %v", beatLate)
 		case c := <-calls:
 			if !heard {
 				heard = true

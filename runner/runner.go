@@ -50,6 +50,7 @@ var (
 	errStale  = errors.New("another attempt owns the job")
 	errOrphan = errors.New("raid could not be reached for too long")
 	errCut    = errors.New("connection to raid lost")
+	errLate   = fmt.Errorf("no answer for %v", beatLate)
 )
 
 // A Runner runs one job at a time. Create it with New, start it with Run.
@@ -96,24 +97,27 @@ func (r *Runner) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.hold(left)
+	leftover, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if left != nil { // a result of an earlier process that raid may not have
+		left.cancel = cancel
+		r.hold(left)
+	}
 	linked, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { r.link(linked) })
-	r.slot(ctx, left)
+	if left != nil {
+		r.finish(leftover, left)
+	}
+	r.slot(ctx)
 	stop()
 	wg.Wait()
 	return r.Engine.Close()
 }
 
 // slot runs one attempt after the other.
-func (r *Runner) slot(ctx context.Context, left *attempt) {
-	if left != nil { // a result of an earlier process that raid may not have
-		actx, cancel := context.WithCancelCause(ctx)
-		left.cancel = cancel
-		r.finish(actx, left)
-		cancel(nil)
-	}
+func (r *Runner) slot(ctx context.Context) {
+	wait := pauseMin
 	warm := r.warmUp(ctx)
 	defer func() { warm.discard() }()
 	for {
@@ -124,8 +128,14 @@ func (r *Runner) slot(ctx context.Context, left *attempt) {
 		case <-r.drain:
 			return
 		case o := <-r.offers:
-			r.work(ctx, o, warm)
+			fault := r.work(ctx, o, warm)
 			warm.discard()
+			if fault {
+				r.pause(ctx, wait)
+				wait = min(2*wait, pauseMax)
+			} else {
+				wait = pauseMin
+			}
 			if ctx.Err() == nil && !r.draining() {
 				warm = r.warmUp(ctx)
 			}
@@ -133,21 +143,41 @@ func (r *Runner) slot(ctx context.Context, left *attempt) {
 	}
 }
 
-// work carries out one offer from lease to receipt.
-func (r *Runner) work(ctx context.Context, o job.Offer, warm *warmBox) {
+// A runner that could not run a job asks for the next one later, and later still if
+// that fails, too: on a broken machine the whole queue would fail within seconds.
+const (
+	pauseMin = 250 * time.Millisecond
+	pauseMax = 30 * time.Second
+)
+
+func (r *Runner) pause(ctx context.Context, d time.Duration) {
+	r.setIdle(false)
+	select {
+	case <-time.After(d):
+	case <-r.drain:
+	case <-ctx.Done():
+	}
+}
+
+// work carries out one offer from lease to receipt. fault says that it failed, and
+// not by the job's doing.
+func (r *Runner) work(ctx context.Context, o job.Offer, warm *warmBox) (fault bool) {
 	a, err := r.newAttempt(o)
 	if err != nil {
 		r.Logf("job %d: %v", o.Job, err)
-		return // the lease runs out and raid says so to the user
+		return true // the lease runs out and raid says so to the user
 	}
-	actx, cancel := context.WithCancelCause(ctx)
+	whole, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	a.cancel = cancel
+	running, giveUp := context.WithCancelCause(whole)
+	defer giveUp(nil)
+	a.cancel, a.giveUp = cancel, giveUp
 	r.hold(a)
 	var wg sync.WaitGroup
-	wg.Go(func() { r.finish(actx, a) })
-	r.execute(actx, a, warm)
+	wg.Go(func() { r.finish(whole, a) })
+	r.execute(running, a, warm)
 	wg.Wait()
+	return a.result != nil && a.result.Reason == job.ReasonInfra
 }
 
 // finish delivers an attempt and forgets it when raid has it or does not want it.
@@ -160,6 +190,7 @@ func (r *Runner) finish(ctx context.Context, a *attempt) {
 			r.Logf("job %d: %v", a.offer.Job, err)
 		}
 	}
+	a.log.Close()
 	r.hold(nil)
 }
 

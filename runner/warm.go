@@ -15,6 +15,7 @@ var boxNumber atomic.Int64 // names boxes within this process
 // megabytes, and is used at most once.
 type warmBox struct {
 	done   chan struct{} // closed when box and err are set
+	dead   chan struct{} // closed when the box has ended, or never was
 	cancel context.CancelFunc
 	box    box.Box
 	err    error
@@ -23,24 +24,41 @@ type warmBox struct {
 
 // warmUp starts a box in the background. Discard must follow.
 func (r *Runner) warmUp(ctx context.Context) *warmBox {
-	w := &warmBox{done: make(chan struct{})}
+	w := &warmBox{done: make(chan struct{}), dead: make(chan struct{})}
 	if !r.Warm {
 		close(w.done)
+		close(w.dead)
 		w.cancel = func() {}
 		return w
 	}
 	ctx, w.cancel = context.WithCancel(ctx)
-	go func() { // ends with Start, which ctx bounds; discard waits for it
-		defer close(w.done)
+	go func() { // ends with Start, which ctx bounds, and then with the box; discard waits for it
+		defer close(w.dead)
 		w.box, w.err = r.startBox(ctx, "", false, r.Limits, len(r.GPUs))
 		if w.err != nil && ctx.Err() == nil {
 			r.Logf("no warm box: %v", w.err)
+		}
+		close(w.done)
+		if w.err == nil {
+			w.box.Wait()
 		}
 	}()
 	return w
 }
 
-// discard removes a box nobody used. It may be called more than once.
+// alive reports whether there is a box that still waits.
+func (w *warmBox) alive() bool {
+	<-w.done
+	select {
+	case <-w.dead:
+		return false
+	default:
+		return !w.used
+	}
+}
+
+// discard removes a box nobody used. It may be called more than once; a used box must
+// have been closed before.
 func (w *warmBox) discard() {
 	w.cancel()
 	<-w.done
@@ -48,18 +66,16 @@ func (w *warmBox) discard() {
 		w.used = true
 		w.box.Close()
 	}
+	<-w.dead
 }
 
 // boxFor returns the box an offer runs in: the warm one if it fits, else a new one.
 func (r *Runner) boxFor(ctx context.Context, o job.Offer, warm *warmBox) (box.Box, error) {
 	s := &o.Spec
 	if s.Image == "" && !s.Network && s.GPUs == len(r.GPUs) {
-		<-warm.done
-		if warm.box != nil && !warm.used {
-			if err := warm.box.Limit(withShim(s.Limits)); err == nil {
-				warm.used = true
-				return warm.box, nil
-			}
+		if warm.alive() && warm.box.Limit(withShim(s.Limits)) == nil {
+			warm.used = true
+			return warm.box, nil
 		}
 	}
 	return r.startBox(ctx, s.Image, s.Network, s.Limits, s.GPUs)

@@ -204,6 +204,15 @@ type Limits struct {
 // and a job that prints exactly its limit has lost nothing.
 func (l *Limits) Log() int64 { return l.Output + l.Output/64 }
 
+// Tar returns how many bytes a tar of Artifact bytes may have, 0 for any number. A shim
+// stays far below it, even with nothing but empty files.
+func (l *Limits) Tar() int64 {
+	if l.Artifact == 0 {
+		return 0
+	}
+	return 2*l.Artifact + 64<<20
+}
+
 // OutputEnd is how many times Limits.Output a job may print before it is ended.
 const OutputEnd = 16
 
