@@ -14,6 +14,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -53,6 +55,7 @@ type Brain struct {
 	core  *queue.Core // nil after an error, until it is loaded again
 	rev   store.Rev
 	links map[string]*Link
+	awake queue.Millis // when the loop was last seen to turn; 0 before it began
 
 	mu    sync.RWMutex // protects the following, which is what was committed
 	live  map[int64]job.Record
@@ -137,6 +140,11 @@ func (b *Brain) send(ctx context.Context, r *request) (any, error) {
 	case <-r.done:
 		return r.reply, r.err
 	case <-b.ended:
+	}
+	select {
+	case <-r.done: // answered by the last turn
+		return r.reply, r.err
+	default:
 		return nil, ErrClosed
 	}
 }
@@ -204,10 +212,14 @@ func (b *Brain) Holds(runner string, l job.Lease) (job.Record, bool) {
 }
 
 // Bell returns a channel that is closed when the job changes next. Take the bell
-// before looking at the job, or a change slips through between.
+// before looking at the job, or a change slips through between. A job that has ended
+// will not change; its bell is nil.
 func (b *Brain) Bell(id int64) <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if _, ok := b.live[id]; !ok {
+		return nil
+	}
 	if b.bells[id] == nil {
 		b.bells[id] = make(chan struct{})
 	}
@@ -249,6 +261,24 @@ func (b *Brain) gather(ctx context.Context) ([]*request, error) {
 	return batch, nil
 }
 
+// Leases run out by raid's clock, but only time counts in which raid could hear its
+// runners. While there are leases the loop turns every listenEvery at least; a turn
+// that comes deafAfter later says that the process, its disk or the machine stood
+// still in between, or that the clock was set.
+const (
+	listenEvery = 2 * time.Second
+	deafAfter   = 5 * time.Second
+)
+
+// listen notes that the loop turns, and starts all leases again if it did not.
+func (b *Brain) listen(now queue.Millis) {
+	gap := now - b.awake
+	if b.awake != 0 && (gap < 0 || gap > deafAfter.Milliseconds()) {
+		b.core.Apply(now, queue.Deaf{})
+	}
+	b.awake = now
+}
+
 // reloadEvery is how often a core that was lost to an error is loaded again when
 // nobody asks for anything.
 const reloadEvery = time.Second
@@ -258,7 +288,7 @@ func (b *Brain) timer() *time.Timer {
 		return time.NewTimer(reloadEvery)
 	}
 	if when, ok := b.core.NextTick(); ok {
-		return time.NewTimer(max(time.Until(time.UnixMilli(when)), time.Millisecond))
+		return time.NewTimer(min(max(time.Until(time.UnixMilli(when)), time.Millisecond), listenEvery))
 	}
 	return nil
 }
@@ -302,6 +332,7 @@ func (b *Brain) step(ctx context.Context, batch []*request) error {
 
 func (b *Brain) apply(batch []*request) []queue.Write {
 	now := time.Now().UnixMilli()
+	b.listen(now)
 	var writes []queue.Write
 	for _, r := range batch {
 		switch {
@@ -376,12 +407,40 @@ func (b *Brain) load(ctx context.Context) error {
 		close(bell)
 		delete(b.bells, id)
 	}
+	close(b.moved)
+	b.moved = make(chan struct{})
+	was := b.live
 	b.live = live
 	b.mu.Unlock()
 	for _, l := range b.links {
 		l.again(core, now)
 	}
+	b.catchUp(ctx, was, live)
 	return nil
+}
+
+// catchUp tells of changes that were committed although the store said otherwise.
+func (b *Brain) catchUp(ctx context.Context, was, is map[int64]job.Record) {
+	if was == nil || b.Changed == nil {
+		return // at the start nothing is a change
+	}
+	for _, id := range slices.Sorted(maps.Keys(was)) {
+		if _, ok := is[id]; ok {
+			continue
+		}
+		rec, err := b.Job(ctx, id)
+		if err != nil {
+			b.logf("how job %d ended: %v", id, err)
+			continue
+		}
+		b.Changed(rec)
+	}
+	for _, id := range slices.Sorted(maps.Keys(is)) {
+		old, now := was[id], is[id]
+		if old.State != now.State || old.Attempt != now.Attempt {
+			b.Changed(now)
+		}
+	}
 }
 
 func (b *Brain) logf(format string, args ...any) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -269,4 +270,102 @@ func TestManyAtOnce(t *testing.T) {
 	if len(seen) != 64*20 {
 		t.Errorf("%d ids, want %d", len(seen), 64*20)
 	}
+}
+
+// A slowStore takes its time for a commit when it is told to.
+type slowStore struct {
+	store.Store
+	next atomic.Int64 // how long the next commit takes
+}
+
+func (s *slowStore) Commit(ctx context.Context, prev store.Rev, w []queue.Write) (store.Rev, error) {
+	<-time.After(time.Duration(s.next.Swap(0)))
+	return s.Store.Commit(ctx, prev, w)
+}
+
+// TestDeafTimeDoesNotCount: only silence that raid could hear ends a lease. A process
+// that was stopped and one whose disk stood still look the same from the inside.
+func TestDeafTimeDoesNotCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &slowStore{Store: store.NewMemory()}
+		b := start(t, s)
+		l := join(t, b, "r1", nil)
+		l.Beat(t.Context(), job.Beat{Idle: true})
+		id := mustSubmit(t, b)
+		lease := (<-l.Calls()).Offer.Lease
+		l.Leave(t.Context()) // it comes back as soon as raid answers again
+		s.next.Store(int64(5 * time.Minute))
+		mustSubmit(t, b)
+		<-time.After(20 * time.Second)
+		l = join(t, b, "r1", &lease)
+		if rec, err := b.Job(t.Context(), id); err != nil || rec.Attempt != 1 || rec.State != job.Running {
+			t.Errorf("job = %s, attempt %d, %v, want it running at the first", rec.State, rec.Attempt, err)
+		}
+	})
+}
+
+// TestReloadKeepsOffers: an error of the store between an offer and the beat that
+// answers it costs no attempt.
+func TestReloadKeepsOffers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var fail atomic.Bool
+		b := start(t, store.Fault(store.NewMemory(), func(c store.Call) store.Failure {
+			if c.Op == store.OpCommit && fail.Swap(false) {
+				return store.Unavailable
+			}
+			return store.Works
+		}))
+		l := join(t, b, "r1", nil)
+		l.Beat(t.Context(), job.Beat{Idle: true})
+		id := mustSubmit(t, b)
+		fail.Store(true)
+		if _, err := submit(t, b, "bob"); !errors.Is(err, ErrUnavailable) {
+			t.Fatalf("submit = %v, want ErrUnavailable", err)
+		}
+		mustSubmit(t, b) // loads
+		lease := (<-l.Calls()).Offer.Lease
+		if err := l.Beat(t.Context(), job.Beat{Held: &lease}); err != nil {
+			t.Fatal(err)
+		}
+		if rec, err := b.Job(t.Context(), id); err != nil || rec.Attempt != 1 || rec.State != job.Running {
+			t.Errorf("job = %s, attempt %d, %v, want it running at the first", rec.State, rec.Attempt, err)
+		}
+	})
+}
+
+// TestLostReply: a result whose commit seemed to fail is heard of when it turns out
+// to be there.
+func TestLostReply(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var lose atomic.Bool
+		s := store.Fault(store.NewMemory(), func(c store.Call) store.Failure {
+			if c.Op == store.OpCommit && lose.Swap(false) {
+				return store.AmbiguousApplied
+			}
+			return store.Works
+		})
+		states := make(chan job.State, 100)
+		b, err := New(t.Context(), Config{Store: s, Policy: queue.DefaultPolicy(), Changed: func(r job.Record) { states <- r.State }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- b.Run(ctx) }()
+		defer func() { stop(); <-ended }()
+		l := join(t, b, "r1", nil)
+		l.Beat(t.Context(), job.Beat{Idle: true})
+		mustSubmit(t, b)
+		lease := (<-l.Calls()).Offer.Lease
+		lose.Store(true)
+		_, err = b.Do(t.Context(), queue.Finish{Runner: "r1", Lease: lease, Result: job.Result{Reason: job.ReasonExit}})
+		if !errors.Is(err, ErrUnavailable) {
+			t.Fatalf("Finish = %v, want ErrUnavailable", err)
+		}
+		for s := range states {
+			if s.Final() {
+				return // else the bubble is deadlocked, and says so
+			}
+		}
+	})
 }

@@ -13,6 +13,7 @@ type Link struct {
 	brain  *Brain
 	runner queue.Runner
 	held   *job.Lease // as last said
+	told   *job.Lease // of the last offer
 	beat   job.Beat
 	calls  chan job.Call
 	deaf   bool // calls is closed; owned by the loop
@@ -100,6 +101,9 @@ func (b *Brain) call(runner string, c job.Call) {
 	if l == nil || l.deaf {
 		return
 	}
+	if c.Offer != nil {
+		l.told = &c.Offer.Lease
+	}
 	select {
 	case l.calls <- c:
 	default:
@@ -113,6 +117,6 @@ func (l *Link) again(core *queue.Core, now queue.Millis) {
 	if l.deaf {
 		return
 	}
-	core.Apply(now, queue.Join{Runner: l.runner, Held: l.held})
+	core.Apply(now, queue.Join{Runner: l.runner, Held: l.held, Told: l.told})
 	core.Apply(now, queue.Beat{Runner: l.runner.ID, Held: l.held, Idle: l.beat.Idle, Draining: l.beat.Draining})
 }

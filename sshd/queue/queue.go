@@ -227,6 +227,7 @@ func (x Cancel) apply(c *Core, now Millis) (any, error) {
 type Join struct {
 	Runner Runner
 	Held   *job.Lease
+	Told   *job.Lease // the newest offer on this connection, which it may not have read yet
 }
 
 func (j Join) apply(c *Core, now Millis) (any, error) {
@@ -240,7 +241,7 @@ func (j Join) apply(c *Core, now Millis) (any, error) {
 	*r = j.Runner
 	r.Seen, r.Connected, r.Job, r.Drained = now, true, running, drained
 	c.met[r] = true
-	if e := c.jobs[r.Job]; e != nil && (j.Held == nil || *j.Held != e.lease()) {
+	if e := c.jobs[r.Job]; e != nil && !e.is(j.Held) && !e.is(j.Told) {
 		c.lost(e, now, fmt.Sprintf("runner %s was restarted", e.Runner))
 	}
 	c.claim(r, j.Held, now)
@@ -400,6 +401,17 @@ func (Tick) apply(c *Core, now Millis) (any, error) {
 	return nil, nil
 }
 
+// Deaf says that raid could hear nobody until now: it was stopped, its disk stood
+// still, or the clock was set. The silence of runners counts anew. The reply is nil.
+type Deaf struct{}
+
+func (Deaf) apply(c *Core, now Millis) (any, error) {
+	for _, e := range c.active {
+		e.heard = now
+	}
+	return nil, nil
+}
+
 // NextTick returns when the next Tick can change something; ok is false for never.
 func (c *Core) NextTick() (when Millis, ok bool) {
 	for _, e := range c.active {
@@ -540,6 +552,9 @@ func sortedIDs(jobs map[int64]*entry) []int64 {
 }
 
 func (e *entry) lease() job.Lease { return job.Lease{Job: e.ID, Fence: e.Fence} }
+
+// is reports whether l is the lease of e.
+func (e *entry) is(l *job.Lease) bool { return l != nil && *l == e.lease() }
 
 func (e *entry) heldBy(runner string, fence uint64) bool {
 	return e.State != job.Queued && e.Holder == runner && e.Fence == fence
