@@ -8,8 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
+	"sync"
 
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/runner/job/spool"
@@ -152,10 +155,56 @@ func runRunnerSource(_ context.Context, c *call) (int, error) {
 // A reception takes one attempt's frames.
 type reception struct {
 	*call
-	lease   job.Lease
-	log     *spool.Log
-	shared  bool // the log's files are the runner's
-	archive *os.File
+	lease    job.Lease
+	rec      job.Record
+	in       *intake
+	log      *spool.Log
+	shared   bool // the log's files are the runner's
+	archive  *os.File
+	archived int64
+}
+
+// An intake is what all sessions of one attempt share. A runner opens a new one while
+// bytes of the old one are still on their way, and only the newest may add to what is
+// here, or output would come twice.
+type intake struct {
+	users  int        // guarded by Server.intaking
+	mu     sync.Mutex // held while something is taken in; guards newest
+	newest *reception
+}
+
+// errOvertaken ends the older of two sessions of an attempt.
+var errOvertaken error = &failure{code: job.ExitTryLater, text: "a newer session of this attempt took over"}
+
+// intake returns the intake of an attempt; done must be called.
+func (s *Server) intake(l job.Lease) (in *intake, done func()) {
+	s.intaking.Lock()
+	defer s.intaking.Unlock()
+	if s.intakes == nil {
+		s.intakes = map[job.Lease]*intake{}
+	}
+	if in = s.intakes[l]; in == nil {
+		in = &intake{}
+		s.intakes[l] = in
+	}
+	in.users++
+	return in, func() {
+		s.intaking.Lock()
+		defer s.intaking.Unlock()
+		if in.users--; in.users == 0 {
+			delete(s.intakes, l)
+		}
+	}
+}
+
+// newest calls fn while no other session of the attempt can take anything in.
+func (r *reception) newest(fn func() error) error {
+	r.in.mu.Lock()
+	defer r.in.mu.Unlock()
+	if r.in.newest != r {
+		return errOvertaken
+	}
+	return fn()
 }
 
 // runAttempt receives everything that comes back of one attempt.
@@ -165,22 +214,36 @@ func runAttempt(ctx context.Context, c *call) (int, error) {
 		io.WriteString(c, "stale\n")
 		return 0, err
 	}
-	r := &reception{call: c, lease: l}
-	err = r.open(&rec)
-	if err == nil {
-		defer r.archive.Close()
-		err = r.take(ctx)
-	}
-	if r.superseded(err) {
+	in, done := c.s.intake(l)
+	defer done()
+	r := &reception{call: c, lease: l, rec: rec, in: in}
+	err = r.take(ctx)
+	switch {
+	case errors.Is(err, errOvertaken):
+		return 0, err
+	case r.superseded(err):
 		io.WriteString(c, "stale\n")
 		os.Remove(c.s.incoming(l))
 		return 0, errStale
-	}
-	if err != nil {
+	case err != nil:
+		r.forget(err)
 		return 0, err
 	}
 	_, err = io.WriteString(c, "done\n")
 	return 0, err
+}
+
+// forget drops a log whose folder somebody removed, or nothing could be added to it
+// ever again. The runner has it all and will send it once more.
+func (r *reception) forget(err error) {
+	dir := filepath.Join(r.s.Dir, "spool", strconv.FormatInt(r.rec.ID, 10), strconv.Itoa(r.rec.Attempt))
+	if _, gone := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) || !errors.Is(gone, fs.ErrNotExist) {
+		return
+	}
+	r.s.Log.Error("output has vanished and is received again", "job", r.rec.ID, "folder", dir)
+	if err := r.s.spools.Remove(r.rec.ID); err != nil {
+		r.s.Log.Error("forget the output", "job", r.rec.ID, "err", err)
+	}
 }
 
 // superseded reports whether err means that another attempt owns the job.
@@ -192,13 +255,16 @@ func (r *reception) superseded(err error) bool {
 	return err != nil && !ok
 }
 
-// open finds what is already here of the attempt.
-func (r *reception) open(rec *job.Record) (err error) {
-	if r.log, err = r.s.spools.Attempt(rec.ID, rec.Attempt, rec.Spec.Limits.Log()); err != nil {
+// open finds what is already here of the attempt. Whatever fails, close must follow.
+func (r *reception) open() (err error) {
+	if r.log, err = r.s.spools.Attempt(r.rec.ID, r.rec.Attempt, r.rec.Spec.Limits.Log()); err != nil {
 		return err
 	}
 	if len(r.args) == 4 && !r.log.Sealed() {
 		r.share()
+	}
+	if err := os.MkdirAll(filepath.Join(r.s.Dir, "incoming"), 0o700); err != nil {
+		return err
 	}
 	r.archive, err = os.OpenFile(r.s.incoming(r.lease), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
 	return err
@@ -220,12 +286,15 @@ func (r *reception) share() {
 
 // take says what is here, receives the rest and commits the result.
 func (r *reception) take(ctx context.Context) error {
-	if !r.log.Sealed() { // a power cut may have cost the log more than the archive
-		if err := r.archive.Truncate(0); err != nil {
-			return err
-		}
-	}
-	had, err := r.archive.Seek(0, io.SeekEnd)
+	r.in.mu.Lock()
+	r.in.newest = r
+	r.in.mu.Unlock()
+	defer func() { r.archive.Close() }() // a nil one says so, and nobody listens
+	var have int64
+	err := r.newest(func() (err error) {
+		have, err = r.have()
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -233,14 +302,30 @@ func (r *reception) take(ctx context.Context) error {
 	if r.shared {
 		word = "share"
 	}
-	if _, err := fmt.Fprintf(r, "%s %d\n", word, r.log.Size()+had); err != nil {
+	if _, err := fmt.Fprintf(r, "%s %d\n", word, have); err != nil {
 		return err
 	}
 	res, err := r.frames()
 	if err != nil {
 		return err
 	}
-	return r.finish(ctx, res)
+	return r.newest(func() error { return r.finish(ctx, res) })
+}
+
+// have opens what is here and returns how much that is: first the log counts, then
+// the archive.
+func (r *reception) have() (int64, error) {
+	if err := r.open(); err != nil {
+		return 0, err
+	}
+	if !r.log.Sealed() { // a power cut may have cost the log more than the archive
+		if err := r.archive.Truncate(0); err != nil {
+			return 0, err
+		}
+	}
+	var err error
+	r.archived, err = r.archive.Seek(0, io.SeekEnd)
+	return r.log.Size() + r.archived, err
 }
 
 // ackEvery is how many bytes are taken between two acknowledgements.
@@ -258,14 +343,15 @@ func (r *reception) frames() (res job.Result, err error) {
 		if _, ok := r.s.brain.Holds(r.Who.Fingerprint, r.lease); !ok {
 			return res, errStale
 		}
-		switch {
-		case run.Log != nil:
-			err = r.log.Append(run.Log)
-		case run.Kind == job.Final:
+		if run.Kind == job.Final {
 			return res, json.Unmarshal(run.Payload, &res)
-		default:
-			err = r.beside(run)
 		}
+		err = r.newest(func() error {
+			if run.Log != nil {
+				return r.log.Append(run.Log)
+			}
+			return r.beside(run)
+		})
 		if err != nil {
 			return res, err
 		}
@@ -293,6 +379,10 @@ func (r *reception) beside(run job.Run) error {
 	case job.Sealed:
 		return r.log.Seal()
 	case job.File:
+		r.archived += int64(len(run.Payload))
+		if max := r.rec.Spec.Limits.Tar(); !r.log.Sealed() || max > 0 && r.archived > max {
+			return fmt.Errorf("%w: /build before the end of the log, or without end", job.ErrFrame)
+		}
 		_, err := r.archive.Write(run.Payload)
 		return err
 	}
@@ -304,19 +394,35 @@ func (r *reception) finish(ctx context.Context, res job.Result) error {
 	if err := r.log.Seal(); err != nil {
 		return err
 	}
+	if why := nonsense(&res); why != "" {
+		r.s.Log.Error("a runner's result makes no sense", "job", r.rec.ID, "runner", r.rec.Runner, "why", why)
+		res = job.Result{Reason: job.ReasonInfra, Exit: job.ExitInfra, Note: "the runner sent a result that makes no sense"}
+	}
 	key, err := r.keep(&res)
 	if err != nil {
 		return err
 	}
-	reply, err := r.s.brain.Do(context.WithoutCancel(ctx), queue.Finish{
+	_, err = r.s.brain.Do(context.WithoutCancel(ctx), queue.Finish{
 		Runner: r.Who.Fingerprint, Lease: r.lease, Result: res, Archive: string(key)})
-	if err != nil {
-		return err
+	return err // [Server.changed] ends the output
+}
+
+// nonsense says what is wrong with a result, "" for nothing. It is shown to people and
+// made an exit status.
+func nonsense(res *job.Result) string {
+	switch res.Reason {
+	case job.ReasonExit, job.ReasonSignal, job.ReasonTimeout, job.ReasonOOM, job.ReasonOutputLimit,
+		job.ReasonDiskLimit, job.ReasonKilled, job.ReasonCancelled, job.ReasonInfra:
+	default:
+		return "its reason is " + quote(string(res.Reason))
 	}
-	if rec := reply.(*job.Record); rec.State.Final() {
-		return r.s.spools.Finish(rec.ID)
+	switch {
+	case res.Exit < 0 || res.Exit > 255 || res.Exit == 0 && res.Reason != job.ReasonExit:
+		return fmt.Sprintf("its exit status is %d", res.Exit)
+	case len(res.Note)+len(res.Signal) > 64<<10:
+		return fmt.Sprintf("its note has %d bytes", len(res.Note)+len(res.Signal))
 	}
-	return nil
+	return ""
 }
 
 // keep checks /build as if a student had sent it, because one did, and stores it.

@@ -87,6 +87,10 @@ type Server struct {
 	since  time.Time
 	secret []byte   // makes aliases
 	locals sync.Map // fingerprint of a local runner's key → its state folder
+
+	intaking sync.Mutex // guards intakes
+	intakes  map[job.Lease]*intake
+	ended    ended
 }
 
 // Tables of rows that are not the queue's.
@@ -140,6 +144,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, grace time.Duration)
 			s.mirror.Watch(rec.ID)
 		}
 	}
+	wg.Go(func() { s.endOutput(inner) })
 	wg.Go(func() {
 		select {
 		case <-ctx.Done():
@@ -175,12 +180,65 @@ func (s *Server) changed(rec job.Record) {
 		l = l.With("reason", rec.Reason, "exit", *rec.Exit)
 	}
 	l.Info("job")
+	if rec.State.Final() {
+		s.ended.add(rec.ID)
+	}
 	if rec.Attempt > 0 && (rec.State == job.Queued || rec.Reason == job.ReasonInfra || rec.Reason == job.ReasonCancelled) {
 		s.dropAttempts(rec.ID)
 	}
 	if s.mirror != nil {
 		s.mirror.Event(rec.Job)
 		s.mirror.Watch(rec.ID)
+	}
+}
+
+// ended are jobs whose output is complete, by whatever end they came to: a result, a
+// cancel in the queue, a runner that was lost once too often.
+type ended struct {
+	mu   sync.Mutex // guards the following
+	ids  []int64
+	bell chan struct{} // nil, or closed at the next add
+}
+
+func (e *ended) add(id int64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ids = append(e.ids, id)
+	if e.bell != nil {
+		close(e.bell)
+		e.bell = nil
+	}
+}
+
+// take returns what was added since the last call, or what to wait for.
+func (e *ended) take() ([]int64, <-chan struct{}) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	ids := e.ids
+	if e.ids = nil; len(ids) == 0 && e.bell == nil {
+		e.bell = make(chan struct{})
+	}
+	return ids, e.bell
+}
+
+// endOutput tells the followers of ended jobs, until ctx ends: the brain's loop must
+// not wait for a disk.
+func (s *Server) endOutput(ctx context.Context) {
+	for {
+		ids, bell := s.ended.take()
+		for _, id := range ids {
+			if err := s.spools.Finish(id); err != nil {
+				s.Log.Error("end the output", "job", id, "err", err)
+			}
+		}
+		if len(ids) > 0 {
+			continue
+		}
+		select {
+		case <-bell:
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 

@@ -1,0 +1,328 @@
+package sshd
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/rai-project/raid/runner/job"
+)
+
+// These tests are runners that lie, die and come twice.
+
+// A peer is one connection of a runner.
+type peer struct {
+	t *testing.T
+	c *ssh.Client
+}
+
+func (s *site) peer(t *testing.T, who string) *peer {
+	t.Helper()
+	c, err := ssh.Dial("tcp", s.addr, &ssh.ClientConfig{User: "rai", HostKeyCallback: ssh.InsecureIgnoreHostKey(),
+		Auth: []ssh.AuthMethod{ssh.PublicKeys(s.keys[who])}, Timeout: 10 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return &peer{t, c}
+}
+
+// A talk is one session of a runner.
+type talk struct {
+	t *testing.T
+	s *ssh.Session
+	w io.WriteCloser
+	r *bufio.Reader
+}
+
+func (p *peer) start(command string) *talk {
+	p.t.Helper()
+	s, err := p.c.NewSession()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	w, err := s.StdinPipe()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	r, err := s.StdoutPipe()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if err := s.Start(command); err != nil {
+		p.t.Fatal(err)
+	}
+	return &talk{p.t, s, w, bufio.NewReader(r)}
+}
+
+// line returns the next line, "" at the end.
+func (k *talk) line() string {
+	line, err := k.r.ReadString('\n')
+	if err != nil && err != io.EOF {
+		k.t.Fatal(err)
+	}
+	return strings.TrimSuffix(line, "\n")
+}
+
+func (k *talk) want(line string) {
+	k.t.Helper()
+	if got := k.line(); got != line {
+		k.t.Fatalf("raid said %q, want %q", got, line)
+	}
+}
+
+func (k *talk) send(kind job.Kind, payload string) {
+	k.t.Helper()
+	if err := job.WriteFrame(k.w, kind, []byte(payload)); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+func (k *talk) say(v any) {
+	k.t.Helper()
+	if err := json.NewEncoder(k.w).Encode(v); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+// join opens the standing session of a runner that wants work and returns its offer.
+func (p *peer) join(held *job.Lease) (*talk, job.Offer) {
+	p.t.Helper()
+	k := p.start("runner join")
+	k.say(job.Hello{Protocol: job.Protocol, Name: "gpu1", Pools: []string{"rai_amd64"}, Held: held})
+	k.say(job.Beat{Idle: held == nil, Held: held})
+	for {
+		var c job.Call
+		if err := json.Unmarshal([]byte(k.line()), &c); err != nil {
+			p.t.Fatal(err)
+		}
+		if c.Offer != nil {
+			return k, *c.Offer
+		}
+		if held != nil && c.Beat {
+			return k, job.Offer{}
+		}
+	}
+}
+
+func (p *peer) attempt(l job.Lease) *talk {
+	p.t.Helper()
+	return p.start(fmt.Sprintf("runner attempt %d %d", l.Job, l.Fence))
+}
+
+// follow runs a command as ada in the background.
+func (s *site) follow(t *testing.T, command string) (result func() (string, string, int)) {
+	type end struct {
+		out, err string
+		status   int
+	}
+	c := make(chan end, 1)
+	go func() {
+		out, stderr, status := s.say(t, "ada", command, nil)
+		c <- end{out, stderr, status}
+	}()
+	return func() (string, string, int) {
+		t.Helper()
+		select {
+		case e := <-c:
+			return e.out, e.err, e.status
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%q has not ended", command)
+			return "", "", 0
+		}
+	}
+}
+
+// A job whose runner dies three times ends, and so does everybody who follows it.
+func TestRunnerDiesTooOften(t *testing.T) {
+	s := newSite(t)
+	submitted := s.follow(t, "submit -- true")
+	var logs func() (string, string, int)
+	for n := 1; n <= 3; n++ {
+		p := s.peer(t, "gpu1")
+		_, o := p.join(nil)
+		if o.Attempt != n {
+			t.Fatalf("attempt %d, want %d", o.Attempt, n)
+		}
+		k := p.attempt(o.Lease)
+		k.want("have 0")
+		k.send(job.Begun, "")
+		k.send(job.Out, fmt.Sprintf("attempt %d\n", n))
+		if n == 1 {
+			logs = s.follow(t, "logs 1 -f")
+		}
+		p.c.Close()
+	}
+	s.peer(t, "gpu1").start("runner join").say(job.Hello{Protocol: job.Protocol, Name: "gpu1", Pools: []string{"rai_amd64"}})
+	if _, stderr, status := submitted(); status != job.ExitInfra {
+		t.Errorf("submit = %d, %q, want %d", status, stderr, job.ExitInfra)
+	}
+	if _, stderr, status := logs(); status != 0 {
+		t.Errorf("logs -f = %d, %q, want 0", status, stderr)
+	}
+}
+
+// A job that is cancelled while it waits ends for those who follow its output only.
+func TestCancelledInTheQueue(t *testing.T) {
+	s := newSite(t)
+	if _, stderr, status := s.say(t, "ada", "submit --detach -- true", nil); status != 0 {
+		t.Fatalf("submit = %d, %q", status, stderr)
+	}
+	logs, attach := s.follow(t, "logs 1 -f"), s.follow(t, "attach 1")
+	s.say(t, "ada", "cancel 1", nil)
+	if _, stderr, status := logs(); status != 0 {
+		t.Errorf("logs -f = %d, %q, want 0", status, stderr)
+	}
+	if _, stderr, status := attach(); status != job.ExitCancelled {
+		t.Errorf("attach = %d, %q, want %d", status, stderr, job.ExitCancelled)
+	}
+}
+
+// The bytes of an older session that come in after a newer one has begun are not
+// taken: the newer one brings them, too.
+func TestTwoSessionsOfOneAttempt(t *testing.T) {
+	s := newSite(t)
+	submitted := s.follow(t, "submit -- true")
+	old := s.peer(t, "gpu1")
+	_, o := old.join(nil)
+	first := old.attempt(o.Lease)
+	first.want("have 0")
+	first.send(job.Out, "one\n")
+	fresh := s.peer(t, "gpu1")
+	fresh.join(&o.Lease)
+	second := fresh.attempt(o.Lease)
+	var have int
+	if _, err := fmt.Sscanf(second.line(), "have %d", &have); err != nil {
+		t.Fatal(err)
+	}
+	first.send(job.Out, "two\n") // late, through the connection that the runner gave up
+	first.want("")
+	frames := job.AppendFrame(job.AppendFrame(nil, job.Out, []byte("one\n")), job.Out, []byte("two\n"))
+	if _, err := second.w.Write(frames[have:]); err != nil {
+		t.Fatal(err)
+	}
+	second.send(job.Sealed, "")
+	second.send(job.Final, `{"reason":"exit","exit":0}`)
+	second.want("done")
+	if out, stderr, status := submitted(); out != "one\ntwo\n" || status != 0 {
+		t.Errorf("submit = %d, %q, %q, want one, two, once each", status, out, stderr)
+	}
+}
+
+// What a runner may not say ends its session and changes nothing; an honest session
+// after it brings the job to its end.
+func TestRunnerLies(t *testing.T) {
+	s := newSite(t)
+	gap := "\x10\x00\x00\x00\x00\x00\x00\x00" // 2^60
+	for i, tt := range []struct {
+		name string
+		lie  func(k *talk)
+	}{
+		{"gap beyond all bounds", func(k *talk) { k.send(job.Gap, gap) }},
+		{"gap of no bytes", func(k *talk) { k.send(job.Gap, "\x00\x00\x00\x00\x00\x00\x00\x00") }},
+		{"short gap", func(k *talk) { k.send(job.Gap, "x") }},
+		{"unknown kind", func(k *talk) { k.w.Write([]byte("Z\x00\x00\x00\x00")) }},
+		{"huge frame", func(k *talk) { k.w.Write([]byte("o\xff\xff\xff\xff")) }},
+		{"ready", func(k *talk) { k.send(job.Ready, "") }},
+		{"order", func(k *talk) { k.send(job.Order, "{}") }},
+		{"stop", func(k *talk) { k.send(job.Stop, "timeout") }},
+		{"grown without sharing", func(k *talk) { k.send(job.Grown, gap) }},
+		{"file before sealed", func(k *talk) { k.send(job.File, "x") }},
+		{"output after sealed", func(k *talk) { k.send(job.Sealed, ""); k.send(job.Out, "x") }},
+		{"result that is no JSON", func(k *talk) { k.send(job.Final, "boom") }},
+		{"deep JSON", func(k *talk) { k.send(job.Final, strings.Repeat("[", 1<<19)) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			submitted := s.follow(t, "submit -- true")
+			p := s.peer(t, "gpu1")
+			_, o := p.join(nil)
+			if o.Job != int64(i+1) || o.Attempt != 1 {
+				t.Fatalf("offer = job %d, attempt %d, want job %d, attempt 1", o.Job, o.Attempt, i+1)
+			}
+			liar := p.attempt(o.Lease)
+			liar.want("have 0")
+			tt.lie(liar)
+			liar.want("")
+			honest := p.attempt(o.Lease)
+			if line := honest.line(); !strings.HasPrefix(line, "have ") {
+				t.Fatalf("raid said %q, want have", line)
+			}
+			honest.send(job.Sealed, "")
+			honest.send(job.Final, `{"reason":"exit","exit":9}`)
+			honest.want("done")
+			if _, stderr, status := submitted(); status != 9 {
+				t.Errorf("submit = %d, %q, want 9", status, stderr)
+			}
+			p.c.Close()
+		})
+	}
+	if left, err := filepath.Glob(filepath.Join(s.Dir, "incoming", "*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// A result that makes no sense is the runner's failure, never the job's.
+func TestResultsThatMakeNoSense(t *testing.T) {
+	s := newSite(t)
+	for _, result := range []string{`{}`, `{"reason":"won"}`, `{"reason":"exit","exit":-1}`, `{"reason":"exit","exit":4294967296}`,
+		`{"reason":"timeout","exit":0}`, `{"reason":"exit","note":"` + strings.Repeat("x", 1<<18) + `"}`} {
+		submitted := s.follow(t, "submit -- true")
+		var out string
+		for range 3 {
+			p := s.peer(t, "gpu1")
+			_, o := p.join(nil)
+			k := p.attempt(o.Lease)
+			k.want("have 0")
+			k.send(job.Sealed, "")
+			k.send(job.Final, result)
+			k.want("done")
+			p.c.Close()
+		}
+		if _, stderr, status := submitted(); status != job.ExitInfra {
+			t.Errorf("%.60s: submit = %d, %q, %q, want %d", result, status, out, stderr, job.ExitInfra)
+		}
+	}
+}
+
+// Only the key that holds a lease, with its fence, comes to a job.
+func TestFences(t *testing.T) {
+	s := newSite(t)
+	submitted := s.follow(t, "submit -- true")
+	p := s.peer(t, "gpu1")
+	_, o := p.join(nil)
+	l := o.Lease
+	for _, wrong := range []job.Lease{{Job: l.Job, Fence: l.Fence + 1}, {Job: l.Job}, {Job: l.Job + 1, Fence: l.Fence}, {}} {
+		p.attempt(wrong).want("stale")
+		if out := p.start(fmt.Sprintf("runner source %d %d", wrong.Job, wrong.Fence)); out.line() != "" || out.s.Wait() == nil {
+			t.Errorf("source of %v was given", wrong)
+		}
+	}
+	for _, who := range []string{"ada", "admin"} {
+		for _, command := range []string{"runner attempt %d %d", "runner source %d %d"} {
+			if out, _, status := s.say(t, who, fmt.Sprintf(command, l.Job, l.Fence), nil); status == 0 || strings.Contains(out, "have") {
+				t.Errorf("%s as %s = %d, %q, want a refusal", command, who, status, out)
+			}
+		}
+	}
+	k := p.attempt(l)
+	k.want("have 0")
+	k.send(job.Sealed, "")
+	k.send(job.Final, `{"reason":"exit","exit":0}`)
+	k.send(job.Final, `{"reason":"exit","exit":1}`) // a second result is not read
+	k.want("done")
+	if _, stderr, status := submitted(); status != 0 {
+		t.Errorf("submit = %d, %q, want 0", status, stderr)
+	}
+	p.attempt(l).want("stale")
+	if _, err := os.Stat(s.incoming(l)); err == nil {
+		t.Error("a stale session left a file")
+	}
+}
