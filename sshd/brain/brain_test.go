@@ -297,7 +297,7 @@ func TestDeafTimeDoesNotCount(t *testing.T) {
 		s.next.Store(int64(5 * time.Minute))
 		mustSubmit(t, b)
 		<-time.After(20 * time.Second)
-		l = join(t, b, "r1", &lease)
+		join(t, b, "r1", &lease)
 		if rec, err := b.Job(t.Context(), id); err != nil || rec.Attempt != 1 || rec.State != job.Running {
 			t.Errorf("job = %s, attempt %d, %v, want it running at the first", rec.State, rec.Attempt, err)
 		}

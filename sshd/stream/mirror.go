@@ -442,8 +442,13 @@ func (m *Mirror) mirror(ctx context.Context, w *watch) {
 	}
 }
 
-// errOutput marks what went wrong on raid's side.
-var errOutput = errors.New("read output")
+var (
+	// errOutput marks what went wrong on raid's side.
+	errOutput = errors.New("read output")
+	// errEnd is the end of a job's output. It is not io.EOF, for that is also what a
+	// connection to a Redis says that has just died.
+	errEnd = errors.New("end of output")
+)
 
 // copy mirrors a job from where its stream ends to its last entry.
 func (m *Mirror) copy(ctx context.Context, w *watch, f *Follower) error {
@@ -456,7 +461,7 @@ func (m *Mirror) copy(ctx context.Context, w *watch, f *Follower) error {
 	b := batch{end: off, exists: off > 0}
 	for {
 		err := m.flush(ctx, key, f, &b)
-		if err == io.EOF {
+		if err == errEnd {
 			break
 		}
 		if err != nil {
@@ -532,7 +537,10 @@ func (m *Mirror) flush(ctx context.Context, key string, f *Follower, b *batch) e
 
 // outputError keeps the end of the output and of ctx apart from faults.
 func outputError(ctx context.Context, err error) error {
-	if err == io.EOF || ctx.Err() != nil {
+	switch {
+	case err == io.EOF:
+		return errEnd
+	case ctx.Err() != nil:
 		return err
 	}
 	return fmt.Errorf("%w: %w", errOutput, err)

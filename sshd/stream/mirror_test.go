@@ -342,7 +342,7 @@ func TestMirrorRedisRestarts(t *testing.T) {
 			text += fmt.Sprint(e.Values["d"])
 		}
 		if text != "beforeduring" {
-			t.Errorf("job %d: the stream has %q", id, text)
+			t.Errorf("job %d: the stream has %q: %q", id, text, brief(all))
 		}
 	}
 	if len(lines) != 2 || !strings.Contains(lines[0], "jobs go on without it") || lines[1] != "mirror: redis is back" {
