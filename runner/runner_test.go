@@ -669,6 +669,27 @@ func TestBoxLies(t *testing.T) {
 	}
 }
 
+// A build file whose commands grow beyond a frame on their way is refused at the door:
+// no runner could be told of it.
+func TestCommandsBeyondAFrame(t *testing.T) {
+	for _, tt := range []struct {
+		step string
+		want int
+	}{
+		{strings.Repeat("<", 60<<10), job.ExitInput},
+		{strings.Repeat("x", 60<<10), 0},
+	} {
+		w := newWorld(t, nil)
+		w.raid()
+		w.runner(nil)
+		file := "rai: {version: 0.2}\ncommands:\n  build:\n    - echo '" + tt.step + "'\n"
+		_, stderr, status := w.say("submit", tarOf(t, map[string][]byte{job.BuildFileName: []byte(file)}))
+		if status != tt.want {
+			t.Errorf("submit of %d times %.1q = %d, %.300q, want %d", len(tt.step), tt.step, status, stderr, tt.want)
+		}
+	}
+}
+
 // The runner's folder goes away under a job: that may cost output, not the verdict.
 func TestFoldersVanish(t *testing.T) {
 	for _, folder := range []string{"runner/attempts", "raid/spool", "raid/incoming", "local:raid/spool"} {

@@ -3,6 +3,7 @@ package sshd
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -308,6 +309,10 @@ func (c *call) block(text string) {
 	}
 }
 
+// maxSpec is how long a job's order may be as JSON, which writes < in six bytes. It
+// goes to runners and into boxes in one line and one frame, among other things.
+const maxSpec = job.MaxFrame / 4
+
 // specify joins build file, flags and what the caller's role may have.
 func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error {
 	lim := c.s.limits(c.Who.Role)
@@ -321,6 +326,9 @@ func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error
 	}
 	if slices.ContainsFunc(rec.Spec.Steps, func(step string) bool { return strings.ContainsRune(step, 0) }) {
 		return failf(job.ExitInput, "no shell could be told it", "a command to run has a NUL byte in it")
+	}
+	if b, err := json.Marshal(rec.Spec); err != nil || len(b) > maxSpec {
+		return failf(job.ExitInput, "put them into a script of the upload and run that", "the commands to run are too long")
 	}
 	if b.Network && !lim.Network {
 		return failf(job.ExitRefused, "set network: false, or ask staff", "your role may not use the network")

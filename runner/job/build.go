@@ -67,8 +67,9 @@ type BuildPush struct {
 	Username, Password  string
 }
 
-// MaxBuildFile is how many bytes a build file may have. Real ones have a few hundred.
-const MaxBuildFile = 256 << 10
+// MaxBuildFile is how many bytes a build file may have. Real ones have a few hundred;
+// the YAML library takes a second for the worst of this length, and sixteen for four times that.
+const MaxBuildFile = 64 << 10
 
 // ParseBuild reads a build file. Notes are for what is odd but does no harm, unknown
 // keys above all, in the order of the file; they come beside an error, too. An error

@@ -138,8 +138,8 @@ func TestParseBuildErrors(t *testing.T) {
 		{"bomb", bomb + "commands:\n  build: *j\n", "", ""},
 		{"endless alias", "a: &a\n  <<: *a\nrai: *a\n", "aliases", ""},
 		{"deep", strings.Repeat("[", 60<<10), "deeply nested", ""},
-		{"deep list", strings.Repeat("- ", 60<<10), "deeply nested", ""},
-		{"many", strings.Repeat("- a\n", 60<<10), "too long", ""},
+		{"deep list", strings.Repeat("- ", 30<<10), "deeply nested", ""},
+		{"many", strings.Repeat("- a\n", 15<<10), "too long", ""},
 		{"large", strings.Repeat("# comment\n", 200<<10), "larger than", ""},
 	}
 	for _, tt := range tests {
