@@ -36,9 +36,13 @@ type site struct {
 
 // newSite starts a server without runners. Its people are admin, sam (staff), ada
 // and bob (students in teams of their own) and guest, whom nobody enrolled.
-func newSite(t *testing.T) *site {
+func newSite(t *testing.T, prepare ...func(dir string)) *site {
 	t.Helper()
-	srv, err := New(t.Context(), Config{Dir: t.TempDir(), HostKeys: []ssh.Signer{newSigner(t)}, Store: store.NewMemory(),
+	dir := t.TempDir()
+	for _, fn := range prepare {
+		fn(dir)
+	}
+	srv, err := New(t.Context(), Config{Dir: dir, HostKeys: []ssh.Signer{newSigner(t)}, Store: store.NewMemory(),
 		Policy: queue.DefaultPolicy(), Pools: []string{"rai_amd64"}, Guests: true, Log: log.New(io.Discard),
 		Limits: map[keys.Role]Limits{keys.Student: {Limits: job.Limits{Time: time.Hour, Output: 1 << 20},
 			Upload: 1 << 20, Unpacked: 1 << 22, Entries: 1000}}})

@@ -292,6 +292,32 @@ func TestResultsThatMakeNoSense(t *testing.T) {
 	}
 }
 
+// A store that begins again gives numbers that had output once. The new job is not
+// hurt by it, and shows nothing of it.
+func TestNumbersThatBeginAgain(t *testing.T) {
+	s := newSite(t, func(dir string) {
+		old := filepath.Join(dir, "spool", "1", "1")
+		if err := os.MkdirAll(old, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		segment := job.AppendFrame(nil, job.Out, []byte("somebody else's\n"))
+		if err := os.WriteFile(filepath.Join(old, fmt.Sprintf("%016x.seg", 0)), segment, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	})
+	submitted := s.follow(t, "submit -- true")
+	p := s.peer(t, "gpu1")
+	_, o := p.join(nil)
+	k := p.attempt(o.Lease)
+	k.want("have 0")
+	k.send(job.Sealed, "")
+	k.send(job.Final, `{"reason":"exit","exit":0}`)
+	k.want("done")
+	if out, stderr, status := submitted(); out != "" || status != 0 {
+		t.Errorf("submit = %d, %q, %q, want 0 and nothing", status, out, stderr)
+	}
+}
+
 // Only the key that holds a lease, with its fence, comes to a job.
 func TestFences(t *testing.T) {
 	s := newSite(t)

@@ -24,6 +24,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"time"
 
@@ -119,7 +120,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.dropIncoming(); err != nil {
+	if err := errors.Join(s.dropIncoming(), s.dropStrays()); err != nil {
 		return nil, err
 	}
 	s.secret = aliasSecret(c.HostKeys[0])
@@ -364,6 +365,26 @@ func (s *Server) dropAttempts(id int64) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		s.Log.Error("remove what a lost attempt sent", "job", id, "err", err)
 	}
+}
+
+// dropStrays removes output of jobs that this store has never had: it is new, or came
+// from a backup, and their numbers will be given again, perhaps to somebody else.
+func (s *Server) dropStrays() error {
+	dirs, err := filepath.Glob(filepath.Join(s.Dir, "spool", "*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		id, err := strconv.ParseInt(filepath.Base(dir), 10, 64)
+		if err != nil || id < s.brain.Next() {
+			continue
+		}
+		s.Log.Warn("removed output of a job that the store does not know", "job", id)
+		if err := s.spools.Remove(id); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // dropIncoming removes what arrived for attempts that are over.

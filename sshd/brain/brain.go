@@ -102,6 +102,9 @@ func (b *Brain) Run(ctx context.Context) error {
 	}
 }
 
+// Next returns the id that the next job gets. It may be called before Run only.
+func (b *Brain) Next() int64 { return b.core.Next() }
+
 func (b *Brain) close() {
 	close(b.ended)
 	for _, l := range b.links {

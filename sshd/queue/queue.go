@@ -551,6 +551,9 @@ func sortedIDs(jobs map[int64]*entry) []int64 {
 	return ids
 }
 
+// Next returns the id that the next job gets.
+func (c *Core) Next() int64 { return c.next }
+
 func (e *entry) lease() job.Lease { return job.Lease{Job: e.ID, Fence: e.Fence} }
 
 // is reports whether l is the lease of e.
