@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,6 +32,11 @@ func (r *Runner) link(ctx context.Context) {
 			last, wait = time.Now(), retryMin
 		}
 		if ctx.Err() != nil {
+			return
+		}
+		if errors.Is(err, errRefused) && r.holding() == nil {
+			r.refused = err
+			r.Drain()
 			return
 		}
 		r.Logf("raid is out of reach: %v", err)
@@ -66,13 +72,14 @@ func (r *Runner) connect(ctx context.Context) (heard bool, err error) {
 	defer context.AfterFunc(ctx, func() { client.Close() })()
 	late := time.AfterFunc(beatLate, func() { cancel(errLate) })
 	defer late.Stop()
-	s, err := client.Start(ctx, "runner join", nil)
+	var words strings.Builder // raid's reason, when it does not take this key
+	s, err := client.Start(ctx, "runner join", &words)
 	if err != nil {
 		return false, err
 	}
 	defer r.setClient(nil)
 	calls := make(chan job.Call)
-	wg.Go(func() { cancel(readCalls(ctx, s, calls)) }) // ends with the session, which client.Close ends
+	wg.Go(func() { cancel(readCalls(ctx, s, calls, &words)) }) // ends with the session, which client.Close ends
 	heard, err = r.converse(ctx, client, s, calls, late)
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause // and what broke because of it is no news
@@ -111,7 +118,7 @@ func (r *Runner) converse(ctx context.Context, client *dial.Client, s *dial.Sess
 	}
 }
 
-func readCalls(ctx context.Context, s *dial.Session, calls chan<- job.Call) error {
+func readCalls(ctx context.Context, s *dial.Session, calls chan<- job.Call, words *strings.Builder) error {
 	lines := bufio.NewScanner(s.Stdout)
 	lines.Buffer(nil, job.MaxFrame)
 	for lines.Scan() {
@@ -128,6 +135,9 @@ func readCalls(ctx context.Context, s *dial.Session, calls chan<- job.Call) erro
 	exit, err := s.Wait()
 	if refused := errors.Join(lines.Err(), err); refused != nil {
 		return refused
+	}
+	if exit == job.ExitRefused {
+		return fmt.Errorf("%w: %s", errRefused, strings.TrimSpace(words.String()))
 	}
 	return fmt.Errorf("raid ended the session with status %d: %w", exit, io.EOF)
 }

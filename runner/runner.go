@@ -47,10 +47,11 @@ type Config struct {
 
 // Why an attempt's context ends.
 var (
-	errStale  = errors.New("another attempt owns the job")
-	errOrphan = errors.New("raid could not be reached for too long")
-	errCut    = errors.New("connection to raid lost")
-	errLate   = fmt.Errorf("no answer for %v", beatLate)
+	errStale   = errors.New("another attempt owns the job")
+	errOrphan  = errors.New("raid could not be reached for too long")
+	errCut     = errors.New("connection to raid lost")
+	errRefused = errors.New("raid does not take this key for a runner's")
+	errLate    = fmt.Errorf("no answer for %v", beatLate)
 )
 
 // A Runner runs one job at a time. Create it with New, start it with Run.
@@ -60,6 +61,8 @@ type Runner struct {
 	kick   chan struct{} // a beat is due now
 	drain  chan struct{} // closed by Drain
 	once   sync.Once
+
+	refused error // why raid does not take this runner; set by link, read after it
 
 	mu     sync.Mutex // protects the following
 	held   *attempt
@@ -112,7 +115,7 @@ func (r *Runner) Run(ctx context.Context) error {
 	r.slot(ctx)
 	stop()
 	wg.Wait()
-	return r.Engine.Close()
+	return errors.Join(r.refused, r.Engine.Close())
 }
 
 // slot runs one attempt after the other.
