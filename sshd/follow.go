@@ -143,7 +143,7 @@ func (f *follower) await(ctx context.Context) (job.Record, error) {
 		if last, err = f.position(ctx, &rec, last); err != nil {
 			return rec, err
 		}
-		if rec, done, err := f.pause(ctx, bell, moved); done {
+		if err := f.pause(ctx, bell, moved); err != nil {
 			return rec, err
 		}
 	}
@@ -154,20 +154,20 @@ const positionEvery = 2 * time.Second
 
 // pause waits for news of a queued job: at once when the job itself moves, and not
 // too often when only others do.
-func (f *follower) pause(ctx context.Context, bell, moved <-chan struct{}) (rec job.Record, done bool, err error) {
+func (f *follower) pause(ctx context.Context, bell, moved <-chan struct{}) error {
 	soon := time.NewTimer(positionEvery)
 	defer soon.Stop()
 	var others <-chan struct{}
 	for {
 		select {
 		case <-ctx.Done():
-			return rec, true, context.Cause(ctx)
+			return context.Cause(ctx)
 		case <-bell:
-			return rec, false, nil
+			return nil
 		case <-soon.C:
 			others = moved
 		case <-others:
-			return rec, false, nil
+			return nil
 		}
 	}
 }

@@ -61,11 +61,7 @@ func runJoin(ctx context.Context, c *call) (int, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	answers := make(chan job.Call)
-	read := make(chan struct{})
-	go func() { // ends with the session's stdin, which door closes with the channel
-		defer close(read)
-		cancel(c.beats(ctx, lines, link.Beat, answers))
-	}()
+	go func() { cancel(c.beats(ctx, lines, link.Beat, answers)) }() // ends with stdin, which door closes after us
 	out := json.NewEncoder(c)
 	for {
 		var call job.Call

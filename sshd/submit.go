@@ -48,12 +48,13 @@ func runSubmit(ctx context.Context, c *call) (int, error) {
 		return 0, err
 	}
 	received := time.Now()
+	defer up.discard() // unless it is committed
 	build, err := c.buildFile(up)
 	if err != nil {
-		return 0, errors.Join(err, up.abort())
+		return 0, err
 	}
 	if err := c.specify(ctx, &rec, build); err != nil {
-		return 0, errors.Join(err, up.abort())
+		return 0, err
 	}
 	if rec.Source, err = up.commit(); err != nil {
 		return 0, err
@@ -62,7 +63,8 @@ func runSubmit(ctx context.Context, c *call) (int, error) {
 	return c.enqueue(ctx, &rec, &receipt{at: received, entries: up.Entries, bytes: up.size})
 }
 
-// runRerun queues an old upload again, with what it asked for then.
+// runRerun queues an old upload again, with what it asked for then, as far as the
+// caller may have it today.
 func runRerun(ctx context.Context, c *call) (int, error) {
 	old, err := c.job(ctx, c.args[0])
 	if err != nil {
@@ -70,6 +72,11 @@ func runRerun(ctx context.Context, c *call) (int, error) {
 	}
 	rec := job.Record{Job: job.Job{User: c.Who.User, Team: c.Who.Team, Pool: old.Pool, Kind: old.Kind,
 		Name: old.Name, Image: old.Image, SourceSHA256: old.SourceSHA256}, Source: old.Source, Spec: old.Spec}
+	lim := c.s.limits(c.Who.Role)
+	if rec.Spec.Network && !lim.Network {
+		return 0, failf(job.ExitRefused, "submit it anew with network: false, or ask staff", "your role may not use the network")
+	}
+	rec.Spec.Limits = rec.Spec.Limits.Within(lim.Limits)
 	return c.enqueue(ctx, &rec, &receipt{at: time.Now(), rerun: true})
 }
 
@@ -164,11 +171,11 @@ type upload struct {
 	size int64
 }
 
-func (u *upload) abort() error {
+// discard forgets an upload that was not committed.
+func (u *upload) discard() {
 	if u.blob != nil {
 		u.blob.Abort()
 	}
-	return nil
 }
 
 // commit stores the upload and returns its name, "" for none.
@@ -176,7 +183,6 @@ func (u *upload) commit() (string, error) {
 	if u.blob == nil {
 		return "", nil
 	}
-	defer u.blob.Abort()
 	k, err := u.blob.Commit()
 	if err != nil {
 		return "", noSpace(err)

@@ -200,6 +200,22 @@ type Limits struct {
 	Artifact int64         `json:"artifact,omitempty"` // bytes of /build that come back
 }
 
+// Within returns the tighter of two limits, each for itself.
+func (l Limits) Within(o Limits) Limits {
+	return Limits{
+		Time: tighter(l.Time, o.Time), Memory: tighter(l.Memory, o.Memory), CPUs: tighter(l.CPUs, o.CPUs),
+		Pids: tighter(l.Pids, o.Pids), Output: tighter(l.Output, o.Output), Disk: tighter(l.Disk, o.Disk),
+		Artifact: tighter(l.Artifact, o.Artifact),
+	}
+}
+
+func tighter[T int | int64 | float64 | time.Duration](a, b T) T {
+	if a == 0 || b != 0 && b < a { // 0 is no limit
+		return b
+	}
+	return a
+}
+
 // Log returns how many bytes of log hold Output bytes of output: frames have heads,
 // and a job that prints exactly its limit has lost nothing.
 func (l *Limits) Log() int64 { return l.Output + l.Output/64 }

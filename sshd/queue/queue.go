@@ -52,11 +52,10 @@ func DefaultPolicy() Policy {
 
 // Errors that Apply returns, wrapped.
 var (
-	ErrNoJob    = errors.New("no such job")
-	ErrFinished = errors.New("the job has ended")
-	ErrStale    = errors.New("stale fence")
-	ErrFull     = errors.New("too many jobs are waiting")
-	ErrDaily    = errors.New("too many jobs today")
+	ErrNoJob = errors.New("no such job")
+	ErrStale = errors.New("stale fence")
+	ErrFull  = errors.New("too many jobs are waiting")
+	ErrDaily = errors.New("too many jobs today")
 )
 
 // A Core is the scheduler's whole state. It is not safe for concurrent use.
