@@ -4,6 +4,9 @@
 // batch of them, the store commits the rows, and only then do replies, offers and
 // wake-ups leave. Nobody else writes. Reads of committed state need no loop.
 //
+// While one batch is being committed the next is applied already, so that the disk and
+// the core both work; what it does is told only after its own commit.
+//
 // Promises: what was acknowledged is durable; readers never see what is not; an
 // error of the store costs the batch, never the state, because the core is thrown
 // away and loaded again. Non-goal: policy, which is package queue's.
@@ -14,8 +17,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -24,15 +25,12 @@ import (
 	"github.com/rai-project/raid/sshd/store"
 )
 
-// ErrUnavailable is returned while the store cannot commit. Nothing was changed, or
-// it is not known; try again later.
+// ErrUnavailable is returned while the store cannot commit. Nothing was changed; but if
+// it wraps store.ErrAmbiguous, that is not known. Try again later.
 var ErrUnavailable = errors.New("raid cannot save anything at the moment")
 
 // ErrClosed is returned after Run has ended.
 var ErrClosed = errors.New("raid is stopping")
-
-// maxBatch bounds how many commands share one commit.
-const maxBatch = 256
 
 // Config says what a brain works with. Store and Policy are required.
 type Config struct {
@@ -52,13 +50,18 @@ type Brain struct {
 	ended chan struct{} // closed when Run has returned
 
 	// Owned by Run's goroutine.
-	core  *queue.Core // nil after an error, until it is loaded again
-	rev   store.Rev
-	links map[string]*Link
-	awake queue.Millis // when the loop was last seen to turn; 0 before it began
+	core   *queue.Core // nil after an error, until it is loaded again
+	lost   error       // somebody else writes to the store
+	hung   time.Time   // when a try to load the core failed that took long
+	rev    store.Rev
+	links  map[string]*Link
+	next   *batch       // applied to the core, or to be; not sent to the store yet
+	flying *batch       // being committed; nil for none
+	awake  queue.Millis // when the loop was last seen to turn; 0 before it began
+	tick   *time.Timer  // when to turn though nobody asks for anything
 
-	mu    sync.RWMutex // protects the following, which is what was committed
-	live  map[int64]job.Record
+	mu    sync.RWMutex            // protects the following, which is what was committed
+	live  map[int64]*job.Record   // never changed, but replaced
 	bells map[int64]chan struct{} // closed when the job changes
 	moved chan struct{}           // closed when any job changes
 }
@@ -81,25 +84,11 @@ type request struct {
 // New loads the state and returns a brain that waits for Run.
 func New(ctx context.Context, c Config) (*Brain, error) {
 	b := &Brain{Config: c, inbox: make(chan *request, maxBatch), ended: make(chan struct{}),
-		links: map[string]*Link{}, bells: map[int64]chan struct{}{}, moved: make(chan struct{})}
+		links: map[string]*Link{}, next: &batch{}, tick: time.NewTimer(0), bells: map[int64]chan struct{}{}, moved: make(chan struct{})}
 	if err := b.load(ctx); err != nil {
 		return nil, err
 	}
 	return b, nil
-}
-
-// Run serves until ctx ends or the store has another writer, which is fatal.
-func (b *Brain) Run(ctx context.Context) error {
-	defer b.close()
-	for {
-		batch, err := b.gather(ctx)
-		if err != nil {
-			return nil
-		}
-		if err := b.step(ctx, batch); err != nil {
-			return err
-		}
-	}
 }
 
 // Next returns the id that the next job gets. It may be called before Run only.
@@ -117,7 +106,7 @@ func (b *Brain) Do(ctx context.Context, cmd queue.Command) (any, error) {
 	return b.send(ctx, &request{cmd: cmd})
 }
 
-// Put commits rows that are not the queue's: people and keys.
+// Put commits rows that the core does not read: people, keys, history.
 func (b *Brain) Put(ctx context.Context, writes []queue.Write) error {
 	_, err := b.send(ctx, &request{writes: writes})
 	return err
@@ -158,11 +147,19 @@ func (b *Brain) Job(ctx context.Context, id int64) (job.Record, error) {
 	if rec, ok := b.Live(id); ok {
 		return rec, nil
 	}
-	val, err := b.Store.Get(ctx, queue.TablePast, queue.Key(id))
-	if errors.Is(err, store.ErrNotFound) {
+	rec, err := b.past(ctx, id)
+	if errors.Is(err, queue.ErrNoJob) {
 		if rec, ok := b.Live(id); ok { // it finished between the two looks, or was retried
 			return rec, nil
 		}
+	}
+	return rec, err
+}
+
+// past returns a finished job.
+func (b *Brain) past(ctx context.Context, id int64) (job.Record, error) {
+	val, err := b.Store.Get(ctx, queue.TablePast, queue.Key(id))
+	if errors.Is(err, store.ErrNotFound) {
 		return job.Record{}, queue.ErrNoJob
 	}
 	if err != nil {
@@ -176,14 +173,18 @@ func (b *Brain) Live(id int64) (job.Record, bool) {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
 	rec, ok := b.live[id]
-	return rec, ok
+	if !ok {
+		return job.Record{}, false
+	}
+	return *rec, true
 }
 
-// Unfinished returns all unfinished jobs, in no order.
-func (b *Brain) Unfinished() []job.Record {
+// Unfinished returns all unfinished jobs, in no order. The records are everybody's: the
+// caller does not change them.
+func (b *Brain) Unfinished() []*job.Record {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
-	all := make([]job.Record, 0, len(b.live))
+	all := make([]*job.Record, 0, len(b.live))
 	for _, rec := range b.live {
 		all = append(all, rec)
 	}
@@ -197,21 +198,14 @@ func (b *Brain) Past(ctx context.Context, list string, before int64, n int) ([]j
 	if err != nil {
 		return nil, fmt.Errorf("list %s: %w", list, err)
 	}
-	all := make([]job.Record, 0, len(rows))
-	for _, row := range rows {
-		rec, err := decode(row.Value)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, rec)
-	}
-	return all, nil
+	return decodeAll(rows)
 }
 
-// Holds reports whether a runner holds the lease it shows.
+// Holds reports whether a runner holds the lease it shows. The job may be queued again
+// by then, as its runner was thought lost: a queue.Claim brings it back.
 func (b *Brain) Holds(runner string, l job.Lease) (job.Record, bool) {
 	rec, ok := b.Live(l.Job)
-	return rec, ok && rec.State != job.Queued && rec.Holder == runner && rec.Fence == l.Fence
+	return rec, ok && rec.Holder == runner && rec.Fence == l.Fence
 }
 
 // Bell returns a channel that is closed when the job changes next. Take the bell
@@ -234,216 +228,6 @@ func (b *Brain) Moved() <-chan struct{} {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
 	return b.moved
-}
-
-// gather waits for the first request, or for a lease that may have run out, and
-// takes what else is waiting.
-func (b *Brain) gather(ctx context.Context) ([]*request, error) {
-	var tick <-chan time.Time
-	if t := b.timer(); t != nil {
-		defer t.Stop()
-		tick = t.C
-	}
-	var batch []*request
-	select {
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	case <-tick:
-		batch = append(batch, &request{cmd: queue.Tick{}, done: make(chan struct{})})
-	case r := <-b.inbox:
-		batch = append(batch, r)
-	}
-	for len(batch) < maxBatch {
-		select {
-		case r := <-b.inbox:
-			batch = append(batch, r)
-		default:
-			return batch, nil
-		}
-	}
-	return batch, nil
-}
-
-// Leases run out by raid's clock, but only time counts in which raid could hear its
-// runners. While there are leases the loop turns every listenEvery at least; a turn
-// that comes deafAfter later says that the process, its disk or the machine stood
-// still in between, or that the clock was set.
-const (
-	listenEvery = 2 * time.Second
-	deafAfter   = 5 * time.Second
-)
-
-// listen notes that the loop turns, and starts all leases again if it did not.
-func (b *Brain) listen(now queue.Millis) {
-	gap := now - b.awake
-	if b.awake != 0 && (gap < 0 || gap > deafAfter.Milliseconds()) {
-		b.core.Apply(now, queue.Deaf{})
-	}
-	b.awake = now
-}
-
-// reloadEvery is how often a core that was lost to an error is loaded again when
-// nobody asks for anything.
-const reloadEvery = time.Second
-
-func (b *Brain) timer() *time.Timer {
-	if b.core == nil {
-		return time.NewTimer(reloadEvery)
-	}
-	if when, ok := b.core.NextTick(); ok {
-		return time.NewTimer(min(max(time.Until(time.UnixMilli(when)), time.Millisecond), listenEvery))
-	}
-	return nil
-}
-
-// step carries out one batch: apply, commit, publish, reply.
-func (b *Brain) step(ctx context.Context, batch []*request) error {
-	defer func() {
-		for _, r := range batch {
-			close(r.done)
-		}
-	}()
-	if b.core == nil {
-		if err := b.load(ctx); err != nil {
-			b.logf("load the queue: %v", err)
-			fail(batch, ErrUnavailable)
-			return nil
-		}
-	}
-	writes := b.apply(batch)
-	if len(writes) > 0 {
-		rev, err := b.Store.Commit(ctx, b.rev, writes)
-		if err != nil {
-			b.core = nil // whatever is true now is in the store
-			fail(batch, fmt.Errorf("%w: %v", ErrUnavailable, err))
-			if errors.Is(err, store.ErrConflict) {
-				return fmt.Errorf("somebody else writes to this state folder: %w", err)
-			}
-			b.logf("commit: %v", err)
-			return nil
-		}
-		b.rev = rev
-	}
-	b.publish(b.core.Effects())
-	for _, r := range batch {
-		if r.view != nil {
-			r.view(b.core)
-		}
-	}
-	return nil
-}
-
-func (b *Brain) apply(batch []*request) []queue.Write {
-	now := time.Now().UnixMilli()
-	b.listen(now)
-	var writes []queue.Write
-	for _, r := range batch {
-		switch {
-		case r.cmd != nil:
-			r.reply, r.err = b.core.Apply(now, r.cmd)
-		case r.link != nil:
-			r.err = b.applyLink(now, r)
-		default:
-			writes = append(writes, r.writes...)
-		}
-	}
-	return append(writes, b.core.Flush()...)
-}
-
-func fail(batch []*request, err error) {
-	for _, r := range batch {
-		r.reply, r.err = nil, err
-	}
-}
-
-// publish makes committed changes visible and hands out offers and stops.
-func (b *Brain) publish(fx queue.Effects) {
-	if len(fx.Changed) > 0 {
-		b.mu.Lock()
-		for _, rec := range fx.Changed {
-			if rec.State.Final() {
-				delete(b.live, rec.ID)
-			} else {
-				b.live[rec.ID] = rec
-			}
-			if bell := b.bells[rec.ID]; bell != nil {
-				close(bell)
-				delete(b.bells, rec.ID)
-			}
-		}
-		close(b.moved)
-		b.moved = make(chan struct{})
-		b.mu.Unlock()
-		for _, rec := range fx.Changed {
-			if b.Changed != nil {
-				b.Changed(rec)
-			}
-		}
-	}
-	for _, o := range fx.Offers {
-		b.call(o.Runner, job.Call{Offer: &o.Offer})
-	}
-	for _, s := range fx.Stops {
-		c := job.Call{Cancel: &s.Lease}
-		if s.Stale {
-			c = job.Call{Stale: &s.Lease}
-		}
-		b.call(s.Runner, c)
-	}
-}
-
-// load reads the committed state and puts the connected runners back into it.
-func (b *Brain) load(ctx context.Context) error {
-	now := time.Now().UnixMilli()
-	core := queue.New(b.Policy)
-	rev, err := b.Store.Load(ctx, queue.Tables(), func(row queue.Row) error { return core.LoadRow(now, row) })
-	if err != nil {
-		return err
-	}
-	b.core, b.rev = core, rev
-	live := map[int64]job.Record{}
-	for _, rec := range core.Jobs() {
-		live[rec.ID] = rec
-	}
-	b.mu.Lock()
-	for id, bell := range b.bells { // whoever waits must look again
-		close(bell)
-		delete(b.bells, id)
-	}
-	close(b.moved)
-	b.moved = make(chan struct{})
-	was := b.live
-	b.live = live
-	b.mu.Unlock()
-	for _, l := range b.links {
-		l.again(core, now)
-	}
-	b.catchUp(ctx, was, live)
-	return nil
-}
-
-// catchUp tells of changes that were committed although the store said otherwise.
-func (b *Brain) catchUp(ctx context.Context, was, is map[int64]job.Record) {
-	if was == nil || b.Changed == nil {
-		return // at the start nothing is a change
-	}
-	for _, id := range slices.Sorted(maps.Keys(was)) {
-		if _, ok := is[id]; ok {
-			continue
-		}
-		rec, err := b.Job(ctx, id)
-		if err != nil {
-			b.logf("how job %d ended: %v", id, err)
-			continue
-		}
-		b.Changed(rec)
-	}
-	for _, id := range slices.Sorted(maps.Keys(is)) {
-		old, now := was[id], is[id]
-		if old.State != now.State || old.Attempt != now.Attempt {
-			b.Changed(now)
-		}
-	}
 }
 
 func (b *Brain) logf(format string, args ...any) {

@@ -272,29 +272,23 @@ func TestManyAtOnce(t *testing.T) {
 	}
 }
 
-// A slowStore takes its time for a commit when it is told to.
-type slowStore struct {
-	store.Store
-	next atomic.Int64 // how long the next commit takes
-}
-
-func (s *slowStore) Commit(ctx context.Context, prev store.Rev, w []queue.Write) (store.Rev, error) {
-	<-time.After(time.Duration(s.next.Swap(0)))
-	return s.Store.Commit(ctx, prev, w)
-}
-
 // TestDeafTimeDoesNotCount: only silence that raid could hear ends a lease. A process
 // that was stopped and one whose disk stood still look the same from the inside.
 func TestDeafTimeDoesNotCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &slowStore{Store: store.NewMemory()}
-		b := start(t, s)
+		var slow atomic.Int64 // how long the next commit takes
+		b := start(t, store.Delay(store.NewMemory(), func(op store.Op) time.Duration {
+			if op != store.OpCommit {
+				return 0
+			}
+			return time.Duration(slow.Swap(0))
+		}))
 		l := join(t, b, "r1", nil)
 		l.Beat(t.Context(), job.Beat{Idle: true})
 		id := mustSubmit(t, b)
 		lease := (<-l.Calls()).Offer.Lease
 		l.Leave(t.Context()) // it comes back as soon as raid answers again
-		s.next.Store(int64(5 * time.Minute))
+		slow.Store(int64(5 * time.Minute))
 		mustSubmit(t, b)
 		<-time.After(20 * time.Second)
 		join(t, b, "r1", &lease)
@@ -337,10 +331,13 @@ func TestReloadKeepsOffers(t *testing.T) {
 // to be there.
 func TestLostReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var lose atomic.Bool
+		var lose, blind atomic.Bool
 		s := store.Fault(store.NewMemory(), func(c store.Call) store.Failure {
-			if c.Op == store.OpCommit && lose.Swap(false) {
+			switch {
+			case c.Op == store.OpCommit && lose.Swap(false):
 				return store.AmbiguousApplied
+			case c.Op == store.OpGet && blind.Swap(false): // the first look at how it ended
+				return store.Unavailable
 			}
 			return store.Works
 		})
@@ -358,6 +355,7 @@ func TestLostReply(t *testing.T) {
 		mustSubmit(t, b)
 		lease := (<-l.Calls()).Offer.Lease
 		lose.Store(true)
+		blind.Store(true)
 		_, err = b.Do(t.Context(), queue.Finish{Runner: "r1", Lease: lease, Result: job.Result{Reason: job.ReasonExit}})
 		if !errors.Is(err, ErrUnavailable) {
 			t.Fatalf("Finish = %v, want ErrUnavailable", err)
@@ -366,6 +364,74 @@ func TestLostReply(t *testing.T) {
 			if s.Final() {
 				return // else the bubble is deadlocked, and says so
 			}
+		}
+	})
+}
+
+// TestViewSeesWhatIsCommitted: a lease that runs out while a view waits for its commit
+// has not run out for the view.
+func TestViewSeesWhatIsCommitted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var slow atomic.Int64 // how long the next commit takes
+		b := start(t, store.Delay(store.NewMemory(), func(op store.Op) time.Duration {
+			if op != store.OpCommit {
+				return 0
+			}
+			return time.Duration(slow.Load())
+		}))
+		l := join(t, b, "r1", nil)
+		l.Beat(t.Context(), job.Beat{Idle: true})
+		id := mustSubmit(t, b)
+		<-l.Calls()
+		<-time.After(27 * time.Second)
+		slow.Store(int64(time.Second))
+		var wg sync.WaitGroup
+		wg.Go(func() { b.Put(t.Context(), rowsOf(1)) })
+		synctest.Wait()
+		slow.Store(int64(4 * time.Second))
+		wg.Go(func() { b.Put(t.Context(), rowsOf(small+1)) })
+		synctest.Wait() // in one batch with it
+		b.View(t.Context(), func(q *queue.Core) {
+			now, _ := q.Job(id)
+			if told, _ := b.Live(id); now.State != told.State {
+				t.Errorf("a view sees job %d %s, and it is %s", id, now.State, told.State)
+			}
+		})
+		wg.Wait()
+	})
+}
+
+// rowsOf returns n rows that are nobody's.
+func rowsOf(n int) []queue.Write {
+	rows := make([]queue.Write, n)
+	for i := range rows {
+		rows[i] = queue.Write{Row: queue.Row{Table: "test", Key: queue.Key(int64(i)), Value: []byte("{}")}}
+	}
+	return rows
+}
+
+// TestViewsShareACommit: who looks before each submit, as every session does, does not
+// make each submit a commit of its own.
+func TestViewsShareACommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var commits atomic.Int64
+		b := start(t, store.Delay(store.NewMemory(), func(op store.Op) time.Duration {
+			if op == store.OpCommit {
+				commits.Add(1)
+			}
+			return time.Second
+		}))
+		var wg sync.WaitGroup
+		for range 20 {
+			wg.Go(func() {
+				b.View(t.Context(), func(*queue.Core) {})
+				mustSubmit(t, b)
+			})
+			wg.Go(func() { mustSubmit(t, b) })
+		}
+		wg.Wait()
+		if n := commits.Load(); n > 6 {
+			t.Errorf("40 submits and 20 views at once took %d commits", n)
 		}
 	})
 }

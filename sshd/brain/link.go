@@ -71,8 +71,7 @@ func (b *Brain) applyLink(now queue.Millis, r *request) error {
 		b.links[id] = l
 		cmd = queue.Join{Runner: l.runner, Held: l.held}
 	case r.op == linkLeave && current:
-		l.cut()
-		delete(b.links, id)
+		b.drop(l)
 		cmd = queue.Leave{Runner: id}
 	case r.op == linkLeave:
 		return nil
@@ -80,10 +79,26 @@ func (b *Brain) applyLink(now queue.Millis, r *request) error {
 		return queue.ErrStale
 	default:
 		l.beat, l.held = r.beat, r.beat.Held
-		cmd = queue.Beat{Runner: id, Held: l.held, Idle: l.beat.Idle, Draining: l.beat.Draining}
+		cmd = queue.Beat{Runner: id, Held: l.held, Idle: l.beat.Idle, Draining: l.beat.Draining, Sick: l.beat.Sick}
 	}
 	_, err := b.core.Apply(now, cmd)
 	return err
+}
+
+// drop forgets the newest link of a runner.
+func (b *Brain) drop(l *Link) {
+	l.cut()
+	delete(b.links, l.runner.ID)
+}
+
+// dropLinks does what a batch that cannot be carried out has to say of connections that
+// have ended: one that stayed would be offered jobs after the next load.
+func (b *Brain) dropLinks(t *batch) {
+	for _, r := range t.requests {
+		if r.op == linkLeave && b.links[r.link.runner.ID] == r.link {
+			b.drop(r.link)
+		}
+	}
 }
 
 // cut ends the calls of a link; its owner then leaves.
@@ -103,6 +118,7 @@ func (b *Brain) call(runner string, c job.Call) {
 	}
 	if c.Offer != nil {
 		l.told = &c.Offer.Lease
+		l.beat.Idle = false // until it says so again
 	}
 	select {
 	case l.calls <- c:
@@ -118,5 +134,5 @@ func (l *Link) again(core *queue.Core, now queue.Millis) {
 		return
 	}
 	core.Apply(now, queue.Join{Runner: l.runner, Held: l.held, Told: l.told})
-	core.Apply(now, queue.Beat{Runner: l.runner.ID, Held: l.held, Idle: l.beat.Idle, Draining: l.beat.Draining})
+	core.Apply(now, queue.Beat{Runner: l.runner.ID, Held: l.held, Idle: l.beat.Idle, Draining: l.beat.Draining, Sick: l.beat.Sick})
 }

@@ -4,9 +4,8 @@ import (
 	"cmp"
 	"container/heap"
 	"fmt"
+	"maps"
 	"slices"
-
-	"github.com/rai-project/raid/runner/job"
 )
 
 // This file looks ahead: in what order jobs will start if everything runs as long as
@@ -14,6 +13,7 @@ import (
 
 // A Forecast is where one waiting job stands.
 type Forecast struct {
+	Job      int64
 	Position int      // 1 is next
 	Of       int      // jobs waiting in the pool
 	AheadS   int64    // GPU-seconds that are expected to run before it
@@ -26,20 +26,8 @@ type Forecast struct {
 	Held     []string // what holds it back although it may be its turn
 }
 
-// Order returns the queued jobs of a pool as they would start: the fair order, not
-// the order of arrival.
-func (c *Core) Order(poolName string) []job.Record {
-	p := c.pools[poolName]
-	if p == nil {
-		return nil
-	}
-	all := make([]job.Record, 0, p.queued)
-	for _, e := range c.order(p) {
-		all = append(all, e.Record)
-	}
-	return all
-}
-
+// order returns the queued jobs of a pool as they would start: the fair order, not the
+// order of arrival.
 func (c *Core) order(p *node) []*entry {
 	out := make([]*entry, 0, p.queued)
 	f := c.ahead(p)
@@ -49,30 +37,33 @@ func (c *Core) order(p *node) []*entry {
 	return out
 }
 
-// Forecast says where a waiting job stands; ok is false for one that does not wait.
-func (c *Core) Forecast(now Millis, id int64) (f Forecast, ok bool) {
-	e := c.jobs[id]
-	if e == nil || e.State != job.Queued {
-		return f, false
+// Outlook says where every waiting job of a pool stands, in the order they start. It
+// costs about as much as dispatching all of them.
+func (c *Core) Outlook(now Millis, poolName string) []Forecast {
+	p := c.pools[poolName]
+	if p == nil {
+		return nil
 	}
-	p, u := c.pools[e.Pool], c.nodeOf(e)
-	f = Forecast{Of: p.queued, Running: p.running, TenantS: u.parent.used / 1e6, PoolS: p.start / 1e6, Held: held(p, u)}
-	early, late := c.slots(now, e, -1), c.slots(now, e, 1)
-	for i, o := range c.order(p) {
-		if o == e {
-			f.Position = i + 1
-			break
+	var aheadS int64
+	all := make([]Forecast, 0, p.queued)
+	slots, able := c.slots(now, poolName), map[*class][]int{}
+	for i, e := range c.order(p) {
+		u := c.nodeOf(e)
+		f := Forecast{Job: e.ID, Position: i + 1, Of: p.queued, Running: p.running, AheadS: aheadS,
+			TenantS: u.parent.used / 1e6, PoolS: p.start / 1e6, Held: held(p, u)}
+		can, known := able[e.place.class]
+		if !known {
+			can = slots.able(&e.place.class.needs)
+			able[e.place.class] = can
 		}
-		f.AheadS += c.estimate(o) * o.gpus() / 1000
-		if len(early) > 0 {
-			early.use(c.length(o, -1))
-			late.use(c.length(o, 1))
+		if f.Slots = len(can); f.Slots > 0 {
+			f.Early = slots.use(can, slots.early, c.length(e, -1))
+			f.Late = slots.use(can, slots.late, c.length(e, 1))
 		}
+		aheadS += c.estimate(e) * e.gpus() / 1000
+		all = append(all, f)
 	}
-	if f.Slots = len(early); f.Slots > 0 {
-		f.Early, f.Late = early[0], late[0]
-	}
-	return f, true
+	return all
 }
 
 // held says what keeps everything of a user from starting.
@@ -104,48 +95,56 @@ func (c *Core) length(e *entry, sign Millis) Millis {
 	return min(max(c.estimate(e)+sign*off, 1000), limit)
 }
 
-// freeAt is a heap of when each slot is free, from now.
-type freeAt []Millis
+// slots are the runners of a pool that take jobs, and when each is free, from now: if
+// jobs turn out short, and if they turn out long.
+type slots struct {
+	runners     []*Runner
+	early, late []Millis
+}
 
-// slots returns when the runners that could take e are free.
-func (c *Core) slots(now Millis, e *entry, sign Millis) freeAt {
-	n := c.needs(&e.Record)
-	var free freeAt
-	for _, id := range slices.Sorted(runnerIDs(c.runners)) {
+func (c *Core) slots(now Millis, pool string) *slots {
+	s := &slots{}
+	for _, id := range slices.Sorted(maps.Keys(c.runners)) {
 		r := c.runners[id]
-		if !r.Connected || r.Draining || r.Drained || !slices.Contains(r.Pools, e.Pool) || r.lacks(&n) != "" {
+		if !r.Connected || r.Draining || r.Drained || r.Sick != "" || !slices.Contains(r.Pools, pool) {
 			continue
 		}
-		left := Millis(0)
-		if a := c.active[r.Job]; a != nil {
-			left = max(c.length(a, sign)-(now-a.granted), 500)
-		}
-		free = append(free, left)
+		s.runners = append(s.runners, r)
+		s.early = append(s.early, c.left(r, now, -1))
+		s.late = append(s.late, c.left(r, now, 1))
 	}
-	heap.Init(&free)
-	return free
+	return s
 }
 
-// use runs one job on the slot that is free first.
-func (h *freeAt) use(length Millis) {
-	(*h)[0] += length
-	heap.Fix(h, 0)
+// left is how long a runner is busy with what it runs.
+func (c *Core) left(r *Runner, now, sign Millis) Millis {
+	if a := c.active[r.Job]; a != nil {
+		return max(c.length(a, sign)-(now-a.granted), 500)
+	}
+	return 0
 }
 
-func (h freeAt) Len() int           { return len(h) }
-func (h freeAt) Less(i, j int) bool { return h[i] < h[j] }
-func (h freeAt) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *freeAt) Push(x any)        { *h = append(*h, x.(Millis)) }
-func (h *freeAt) Pop() any          { panic("queue: slots never go") }
-
-func runnerIDs(m map[string]*Runner) func(func(string) bool) {
-	return func(yield func(string) bool) {
-		for id := range m {
-			if !yield(id) {
-				return
-			}
+// able returns the slots that can take jobs with those needs.
+func (s *slots) able(n *needs) (can []int) {
+	for i, r := range s.runners {
+		if r.lacks(n) == "" {
+			can = append(can, i)
 		}
 	}
+	return can
+}
+
+// use runs a job on the slot that is free first and returns when it starts.
+func (s *slots) use(can []int, free []Millis, length Millis) Millis {
+	first := can[0]
+	for _, i := range can[1:] {
+		if free[i] < free[first] {
+			first = i
+		}
+	}
+	start := free[first]
+	free[first] += length
+	return start
 }
 
 // A future is a scratch copy of a pool's tree that is run to the end of its queues,

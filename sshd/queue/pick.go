@@ -19,20 +19,61 @@ import (
 // needs is what a job asks of a runner.
 type needs struct {
 	pool, arch, model string
-	gpu, short        bool
+	image, role       string // role only with an image, which it may decide on
+	engine, gpuArch   string
+	gpu, short, build bool
+	registry          string // to push to, "" for none
 	memoryMB          int64
 }
 
 func (c *Core) needs(rec *job.Record) needs {
 	s := &rec.Spec
-	return needs{pool: rec.Pool, arch: s.CPUArch, model: strings.ToLower(s.GPUModel), gpu: s.GPUs > 0, memoryMB: s.GPUMemoryMB,
+	n := needs{pool: rec.Pool, arch: s.CPUArch, image: s.Image, engine: s.Engine, gpu: s.GPUs > 0,
 		short: c.policy.Express > 0 && s.Limits.Time > 0 && s.Limits.Time.Milliseconds() <= c.policy.Express}
+	if s.Image != "" {
+		n.role = s.Role
+	}
+	if n.gpu {
+		n.model, n.memoryMB = strings.ToLower(s.GPUModel), s.GPUMemoryMB
+		if s.StrictArch {
+			n.gpuArch = strings.ToLower(s.GPUArch)
+		}
+	}
+	if s.Build != nil {
+		n.build = true
+		if s.Build.Push != nil {
+			n.registry = s.Build.Push.Registry
+		}
+	}
+	return n
 }
 
-// A class is the jobs of one pool with the same needs.
+// maxNeeds is how many different needs the waiting jobs of one user may have. Every
+// runner that looks for work looks at every class, so with thousands of their own one
+// user could keep all others waiting.
+const maxNeeds = 32
+
+// mayNeed reports whether a job with those needs may wait among a user's others.
+func (n *node) mayNeed(want needs) bool {
+	used := 0
+	for _, p := range n.places {
+		if len(p.jobs) > 0 {
+			used++
+			if p.class.needs == want {
+				return true
+			}
+		}
+	}
+	return used < maxNeeds
+}
+
+// A class is the jobs of one pool with the same needs. It lives while one waits: needs
+// are anything that a build file asks for.
 type class struct {
 	needs   needs
 	tenants places
+	places  []*place // of all nodes
+	jobs    int      // that wait
 }
 
 // A place is a node's stand in one class: a tenant's holds places of users, a user's
@@ -90,20 +131,27 @@ func placeOf(n *node, cl *class) *place {
 		p.up = placeOf(n.parent, cl)
 	}
 	n.places = append(n.places, p)
+	cl.places = append(cl.places, p)
 	return p
 }
 
 // classOf returns the class of a job, made when it is new.
 func (c *Core) classOf(e *entry) *class {
 	want := c.needs(&e.Record)
-	for _, cl := range c.classes {
-		if cl.needs == want {
-			return cl
-		}
+	cl := c.classes[want]
+	if cl == nil {
+		cl = &class{needs: want}
+		c.classes[want] = cl
 	}
-	cl := &class{needs: want}
-	c.classes = append(c.classes, cl)
 	return cl
+}
+
+// dropClass forgets a class that nothing waits in.
+func (c *Core) dropClass(cl *class) {
+	delete(c.classes, cl.needs)
+	for _, p := range cl.places {
+		p.node.places = slices.DeleteFunc(p.node.places, func(q *place) bool { return q == p })
+	}
 }
 
 // enqueue puts a job that turned eligible in its user's queue.
@@ -117,6 +165,7 @@ func (c *Core) enqueue(e *entry) {
 // insert puts a job among its user's queued jobs, without counting it.
 func (c *Core) insert(e *entry) {
 	e.place = placeOf(c.nodeOf(e), c.classOf(e))
+	e.place.class.jobs++
 	heap.Push(&e.place.jobs, e)
 }
 
@@ -125,10 +174,14 @@ func (c *Core) dequeue(e *entry) {
 	if e.place == nil {
 		return
 	}
+	cl := e.place.class
 	heap.Remove(&e.place.jobs, e.index)
 	e.place = nil
 	c.count(c.nodeOf(e), -1, 0)
 	settlePlaces(c.nodeOf(e))
+	if cl.jobs--; cl.jobs == 0 {
+		c.dropClass(cl)
+	}
 }
 
 // dispatch gives idle runners work until nobody idle can take any of it.
@@ -221,12 +274,27 @@ func (r *Runner) lacks(n *needs) string {
 		return "takes short jobs only"
 	case n.arch != "" && n.arch != r.Arch:
 		return fmt.Sprintf("is %s, not %s", r.Arch, n.arch)
+	case n.engine != "" && n.engine != r.Engine:
+		return fmt.Sprintf("makes boxes with %s, not %s", r.Engine, n.engine)
 	case n.gpu && len(r.GPUs) == 0:
 		return "has no GPU"
 	case n.gpu && n.memoryMB > 0 && r.GPUMemoryMB < n.memoryMB:
 		return fmt.Sprintf("has %d MiB of GPU memory, not %d", r.GPUMemoryMB, n.memoryMB)
 	case n.gpu && n.model != "" && !slices.ContainsFunc(r.GPUs, func(m string) bool { return strings.Contains(strings.ToLower(m), n.model) }):
 		return "has no " + n.model
+	case n.gpuArch != "" && r.GPUArch == "":
+		return "does not know the architecture of its GPU, and it must be " + n.gpuArch
+	case n.gpuArch != "" && n.gpuArch != r.GPUArch:
+		return fmt.Sprintf("has a GPU of architecture %s, not %s", r.GPUArch, n.gpuArch)
+	case n.build && r.Builds == nil:
+		return "does not build images"
+	case n.build && !r.Builds.Push(n.registry):
+		return "does not push images to " + n.registry
+	case n.build: // it needs no other image
+	case !r.Images[n.pool].Take(n.image, n.role) && n.image == "":
+		return "has no default image"
+	case !r.Images[n.pool].Take(n.image, n.role):
+		return fmt.Sprintf("does not take the image %q", n.image)
 	}
 	return ""
 }
@@ -234,8 +302,12 @@ func (r *Runner) lacks(n *needs) string {
 // grant leases a job to a runner and charges the estimate.
 func (c *Core) grant(e *entry, r *Runner, now Millis) {
 	c.dequeue(e)
+	if e.Holder != r.ID {
+		c.forfeit(e) // by whoever was lost with it
+	}
 	c.fence++
 	c.meta = true
+	e.Begun = false
 	e.State, e.Fence, e.Holder, e.Runner, e.Engine = job.Running, c.fence, r.ID, r.Name, r.Engine
 	e.Attempt++
 	e.Spec.GPUs = min(e.Spec.GPUs, len(r.GPUs))
@@ -254,8 +326,8 @@ func (c *Core) grant(e *entry, r *Runner, now Millis) {
 }
 
 func (e *entry) offer() job.Offer {
-	o := job.Offer{Lease: e.lease(), Attempt: e.Attempt, User: e.User, Team: e.Team,
-		Pool: e.Pool, Spec: e.Spec, Source: e.Source != ""}
+	o := job.Offer{Lease: e.Lease(), Attempt: e.Attempt, User: e.User, Team: e.Team,
+		Pool: e.Pool, Spec: e.Spec, Source: e.Source != "", Sealed: e.Sealed}
 	if e.Attempt > 1 {
 		o.Say = fmt.Sprintf("attempt %d: %s", e.Attempt, e.Note)
 	}

@@ -56,6 +56,7 @@ var (
 	ErrStale = errors.New("stale fence")
 	ErrFull  = errors.New("too many jobs are waiting")
 	ErrDaily = errors.New("too many jobs today")
+	ErrNeeds = errors.New("too many different demands are waiting")
 )
 
 // A Core is the scheduler's whole state. It is not safe for concurrent use.
@@ -67,12 +68,12 @@ type Core struct {
 	jobs    map[int64]*entry // unfinished jobs
 	active  map[int64]*entry // of them, those that run
 	pools   map[string]*node
-	classes []*class
+	classes map[needs]*class   // that jobs wait in
 	runners map[string]*Runner // by the fingerprint of their key
 	idlers  []*Runner          // connected and waiting for work, in the order they are served
 
 	dirty   map[int64]bool   // jobs to write
-	ended   []*job.Record    // jobs that finished since the last Flush
+	ended   []*entry         // jobs that finished since the last Flush
 	charged map[*node]bool   // nodes to write
 	met     map[*Runner]bool // runners to write
 	meta    bool             // counters to write
@@ -88,25 +89,30 @@ type entry struct {
 	heard   Millis // when its runner was last heard of; running jobs only
 	granted Millis
 	charge  Millis // GPU-milliseconds charged for this attempt so far
+	written bool   // it has a row
 }
 
 // A Runner is one slot, as its last hello described it.
 type Runner struct {
-	ID          string   `json:"id"` // fingerprint of its key
-	Name        string   `json:"name"`
-	Pools       []string `json:"pools"`
-	Engine      string   `json:"engine"`
-	Arch        string   `json:"arch"`
-	GPUs        []string `json:"gpus,omitempty"`          // models
-	GPUMemoryMB int64    `json:"gpu_memory_mb,omitempty"` // of the smallest
-	Express     bool     `json:"express,omitempty"`       // takes short jobs only
-	Weakness    string   `json:"weakness,omitempty"`
-	Seen        Millis   `json:"seen"`
-	Drained     bool     `json:"drained,omitempty"` // staff said: nothing new
-	Connected   bool     `json:"-"`
-	Idle        bool     `json:"-"`
-	Draining    bool     `json:"-"` // it said so itself
-	Job         int64    `json:"-"` // the job it runs, 0 for none
+	ID          string                 `json:"id"` // fingerprint of its key
+	Name        string                 `json:"name"`
+	Pools       []string               `json:"pools"`
+	Engine      string                 `json:"engine"`
+	Arch        string                 `json:"arch"`
+	GPUs        []string               `json:"gpus,omitempty"`          // models
+	GPUArch     string                 `json:"gpu_arch,omitempty"`      // of all of them
+	GPUMemoryMB int64                  `json:"gpu_memory_mb,omitempty"` // of the smallest
+	Images      map[string]*job.Images `json:"pool_images,omitempty"`   // that it takes, by pool; none: any
+	Builds      *job.Builds            `json:"builds,omitempty"`        // nil: it builds no images
+	Express     bool                   `json:"express,omitempty"`       // takes short jobs only
+	Weakness    string                 `json:"weakness,omitempty"`
+	Seen        Millis                 `json:"seen"`
+	Drained     bool                   `json:"drained,omitempty"` // staff said: nothing new
+	Connected   bool                   `json:"-"`
+	Idle        bool                   `json:"-"`
+	Draining    bool                   `json:"-"` // it said so itself
+	Sick        string                 `json:"-"` // why it takes nothing, as it said
+	Job         int64                  `json:"-"` // the job it runs, 0 for none
 }
 
 // Effects are what happened beside the rows. They are carried out after the commit.
@@ -133,7 +139,7 @@ type Stop struct {
 func New(p Policy) *Core {
 	return &Core{
 		policy: p, next: 1,
-		jobs: map[int64]*entry{}, active: map[int64]*entry{}, pools: map[string]*node{}, runners: map[string]*Runner{},
+		jobs: map[int64]*entry{}, active: map[int64]*entry{}, pools: map[string]*node{}, classes: map[needs]*class{}, runners: map[string]*Runner{},
 		dirty: map[int64]bool{}, charged: map[*node]bool{}, met: map[*Runner]bool{},
 	}
 }
@@ -155,7 +161,8 @@ func (c *Core) Apply(now Millis, cmd Command) (reply any, err error) {
 
 // Submit queues a job. Record must carry User, Team, Pool, Kind, Spec and Source;
 // the reply is the *job.Record with its id. The error is ErrFull or ErrDaily when a
-// cap of the user or the team is reached.
+// cap of the user or the team is reached, and ErrNeeds when the user's waiting jobs ask
+// for maxNeeds different things of a runner already.
 type Submit struct{ Record job.Record }
 
 func (s Submit) apply(c *Core, now Millis) (any, error) {
@@ -166,8 +173,11 @@ func (s Submit) apply(c *Core, now Millis) (any, error) {
 			return nil, err
 		}
 	}
+	if !u.mayNeed(c.needs(&e.Record)) {
+		return nil, fmt.Errorf("%w: %d is the most", ErrNeeds, maxNeeds)
+	}
 	for n := u; n.parent != nil; n = n.parent {
-		n.today++
+		n.day, n.today = day(now), n.submitted(now)+1
 		c.charged[n] = true
 	}
 	e.ID, e.State, e.Attempt = c.next, job.Queued, 0
@@ -183,16 +193,21 @@ func (s Submit) apply(c *Core, now Millis) (any, error) {
 
 // admit checks the caps on waiting jobs and on jobs a day.
 func (n *node) admit(now Millis) error {
-	if d := day(now); d != n.day {
-		n.day, n.today = d, 0
-	}
 	switch {
 	case n.caps.Queued > 0 && n.queued >= n.caps.Queued:
 		return fmt.Errorf("%w: %d is the most", ErrFull, n.caps.Queued)
-	case n.caps.Daily > 0 && n.today >= n.caps.Daily:
+	case n.caps.Daily > 0 && n.submitted(now) >= n.caps.Daily:
 		return fmt.Errorf("%w: %d is the most", ErrDaily, n.caps.Daily)
 	}
 	return nil
+}
+
+// submitted is how many jobs were submitted on the day of now.
+func (n *node) submitted(now Millis) int {
+	if day(now) != n.day {
+		return 0
+	}
+	return n.today
 }
 
 // Cancel ends a job: at once when it is queued, through its runner when it runs.
@@ -215,7 +230,7 @@ func (x Cancel) apply(c *Core, now Millis) (any, error) {
 		e.CancelBy = x.By
 		e.State = job.Cancelling
 		c.changed(e)
-		c.out.Stops = append(c.out.Stops, Stop{Runner: e.Holder, Lease: e.lease()})
+		c.out.Stops = append(c.out.Stops, Stop{Runner: e.Holder, Lease: e.Lease()})
 	}
 	r := e.Record
 	return &r, nil
@@ -241,7 +256,8 @@ func (j Join) apply(c *Core, now Millis) (any, error) {
 	r.Seen, r.Connected, r.Job, r.Drained = now, true, running, drained
 	c.met[r] = true
 	if e := c.jobs[r.Job]; e != nil && !e.is(j.Held) && !e.is(j.Told) {
-		c.lost(e, now, fmt.Sprintf("runner %s was restarted", e.Runner))
+		c.forfeit(e)
+		c.retry(e, now, fmt.Sprintf("runner %s was restarted", e.Runner))
 	}
 	c.claim(r, j.Held, now)
 	return nil, nil
@@ -252,6 +268,7 @@ type Beat struct {
 	Runner         string
 	Held           *job.Lease
 	Idle, Draining bool
+	Sick           string
 }
 
 func (b Beat) apply(c *Core, now Millis) (any, error) {
@@ -259,9 +276,9 @@ func (b Beat) apply(c *Core, now Millis) (any, error) {
 	if r == nil || !r.Connected {
 		return nil, ErrStale
 	}
-	r.Seen, r.Draining = now, b.Draining
+	r.Seen, r.Draining, r.Sick = now, b.Draining, b.Sick
 	c.claim(r, b.Held, now)
-	c.setIdle(r, b.Idle && b.Held == nil && r.Job == 0)
+	c.setIdle(r, b.Idle && b.Sick == "" && b.Held == nil && r.Job == 0)
 	return nil, nil
 }
 
@@ -287,8 +304,8 @@ func (c *Core) claim(r *Runner, held *job.Lease, now Millis) {
 	if held == nil {
 		return
 	}
-	e := c.jobs[held.Job]
-	if e == nil || !e.heldBy(r.ID, held.Fence) {
+	e, err := c.held(now, r.ID, *held)
+	if err != nil {
 		c.out.Stops = append(c.out.Stops, Stop{Runner: r.ID, Lease: *held, Stale: true})
 		return
 	}
@@ -344,6 +361,21 @@ func (p Pause) apply(c *Core, _ Millis) (any, error) {
 	return nil, nil
 }
 
+// Claim says that a runner still works on a lease, by whatever way raid heard of it.
+// The error is ErrStale when it has none. The reply is nil.
+type Claim struct {
+	Runner string
+	Lease  job.Lease
+}
+
+func (x Claim) apply(c *Core, now Millis) (any, error) {
+	e, err := c.held(now, x.Runner, x.Lease)
+	if err == nil {
+		e.heard = now
+	}
+	return nil, err
+}
+
 // Begin says that the first step of an attempt has started: from now on the death
 // of its box is the job's own verdict. The reply is nil.
 type Begin struct {
@@ -352,7 +384,7 @@ type Begin struct {
 }
 
 func (b Begin) apply(c *Core, now Millis) (any, error) {
-	e, err := c.held(b.Runner, b.Lease)
+	e, err := c.held(now, b.Runner, b.Lease)
 	if err != nil {
 		return nil, err
 	}
@@ -370,18 +402,22 @@ type Finish struct {
 	Lease   job.Lease
 	Result  job.Result
 	Archive string // blob of /build, "" for none
+
+	Log      string // blob of the output, "" for none
+	LogBytes int64
 }
 
 func (f Finish) apply(c *Core, now Millis) (any, error) {
-	e, err := c.held(f.Runner, f.Lease)
+	e, err := c.held(now, f.Runner, f.Lease)
 	if err != nil {
 		return nil, err
 	}
 	c.release(e)
 	if f.Result.Reason == job.ReasonInfra {
+		e.vacate()
 		c.retry(e, now, f.Result.Note)
 	} else {
-		e.Archive = f.Archive
+		e.Archive, e.Log, e.LogBytes = f.Archive, f.Log, f.LogBytes
 		c.finish(e, now, f.Result)
 	}
 	r := e.Record
@@ -394,7 +430,8 @@ type Tick struct{}
 func (Tick) apply(c *Core, now Millis) (any, error) {
 	for _, id := range sortedIDs(c.active) {
 		if e := c.active[id]; now-e.heard >= c.policy.Lease {
-			c.lost(e, now, fmt.Sprintf("runner %s was lost", e.Runner))
+			c.release(e)
+			c.retry(e, now, fmt.Sprintf("runner %s was lost", e.Runner))
 		}
 	}
 	return nil, nil
@@ -421,21 +458,32 @@ func (c *Core) NextTick() (when Millis, ok bool) {
 	return when, ok
 }
 
-// held returns the job whose lease the runner shows.
-func (c *Core) held(runner string, l job.Lease) (*entry, error) {
+// held returns the job whose lease the runner shows. A job that was queued again
+// because nobody heard of that runner, and that nobody else has taken since, is its
+// own again: nothing was done twice, and what it did is not lost.
+func (c *Core) held(now Millis, runner string, l job.Lease) (*entry, error) {
 	e := c.jobs[l.Job]
 	if e == nil || !e.heldBy(runner, l.Fence) {
 		return nil, fmt.Errorf("job %d fence %d: %w", l.Job, l.Fence, ErrStale)
 	}
+	if e.State == job.Queued {
+		c.restore(e, now)
+	}
 	return e, nil
 }
 
-// lost takes a job from a runner nobody hears of any more.
-func (c *Core) lost(e *entry, now Millis, why string) {
-	c.out.Stops = append(c.out.Stops, Stop{Runner: e.Holder, Lease: e.lease(), Stale: true})
+// forfeit ends a lease for good: its runner is told so, and cannot come back to it.
+func (c *Core) forfeit(e *entry) {
+	if e.Holder == "" {
+		return
+	}
+	c.out.Stops = append(c.out.Stops, Stop{Runner: e.Holder, Lease: e.Lease(), Stale: true})
 	c.release(e)
-	c.retry(e, now, why)
+	e.vacate()
 }
+
+// vacate forgets who held the lease.
+func (e *entry) vacate() { e.Holder, e.Fence, e.granted = "", 0, 0 }
 
 // release takes the lease from the runner that holds it.
 func (c *Core) release(e *entry) {
@@ -451,22 +499,40 @@ func (c *Core) release(e *entry) {
 }
 
 // retry queues a job again that failed without its own fault, unless it was tried
-// often enough or somebody cancelled it meanwhile.
+// often enough or somebody cancelled it meanwhile. Whoever still holds its lease may
+// come back to it until somebody else is granted it.
 func (c *Core) retry(e *entry, now Millis, why string) {
-	c.refund(e)
-	switch {
-	case e.State == job.Cancelling:
-		c.finish(e, now, job.Result{Reason: job.ReasonCancelled, Exit: job.ExitCancelled})
-	case e.Attempt >= c.policy.Attempts:
-		c.finish(e, now, job.Result{Reason: job.ReasonInfra, Exit: job.ExitInfra,
-			Note: fmt.Sprintf("given up after %d attempts: %s", e.Attempt, why)})
-	default:
-		e.State, e.Note, e.Begun = job.Queued, why, false
-		e.Holder, e.Runner, e.Fence = "", "", 0
-		e.StartedAt = job.Time{}
-		c.enqueue(e)
-		c.changed(e)
+	c.charge(e, 0) // nobody pays for raid's failures
+	end := job.Result{Reason: job.ReasonCancelled, Exit: job.ExitCancelled}
+	if e.State != job.Cancelling {
+		end = job.Result{Reason: job.ReasonInfra, Exit: job.ExitInfra,
+			Note: fmt.Sprintf("given up after %d attempts: %s", e.Attempt, why)}
+		if e.Attempt < c.policy.Attempts {
+			e.State, e.Note, e.Runner, e.StartedAt = job.Queued, why, "", job.Time{}
+			c.enqueue(e)
+			c.changed(e)
+			return
+		}
 	}
+	c.forfeit(e)
+	c.finish(e, now, end)
+}
+
+// restore gives a job back to the runner it was thought to be lost with.
+func (c *Core) restore(e *entry, now Millis) {
+	c.dequeue(e)
+	e.State, e.StartedAt, e.Note = job.Running, at(e.granted), ""
+	if r := c.runners[e.Holder]; r != nil {
+		c.setIdle(r, false)
+		e.Runner, r.Job = r.Name, e.ID
+	}
+	e.heard = now
+	c.active[e.ID] = e
+	u := c.nodeOf(e)
+	c.started(u)
+	c.count(u, 0, 1)
+	c.charge(e, max(c.estimate(e), now-e.granted)*e.gpus())
+	c.changed(e)
 }
 
 // finish gives a job its one result.
@@ -477,14 +543,16 @@ func (c *Core) finish(e *entry, now Millis, res job.Result) {
 	e.State, e.Reason, e.Exit, e.Signal = verdict(res), res.Reason, &exit, res.Signal
 	e.Note, e.Steps, e.Begun = res.Note, res.Steps, res.Begun
 	e.PrepareMS, e.RunMS, e.CollectMS, e.OutBytes = res.PrepareMS, res.RunMS, res.CollectMS, res.OutBytes
+	e.Image, e.ImageDigest = cmp.Or(res.Image, e.Image), res.ImageDigest
 	e.Engine, e.GPU, e.GPUDriver, e.Weakness = cmp.Or(res.Engine, e.Engine), res.GPU, res.GPUDriver, res.Weakness
-	e.FinishedAt = at(now)
+	e.GPUUUID, e.GPUMemoryMB = res.GPUUUID, res.GPUMemoryMB
+	e.FinishedAt, e.Sealed = at(now), "" // no secret outlives what it was for
 	if e.StartedAt.IsZero() {
-		e.QueueWaitMS = now - e.QueuedAt.UnixMilli()
+		e.QueueWaitMS = max(0, now-e.QueuedAt.UnixMilli())
 	}
 	delete(c.jobs, e.ID)
 	delete(c.dirty, e.ID)
-	c.ended = append(c.ended, &e.Record)
+	c.ended = append(c.ended, e)
 	c.out.Changed = append(c.out.Changed, e.Record)
 }
 
@@ -520,14 +588,17 @@ func (c *Core) Job(id int64) (job.Record, bool) {
 	return job.Record{}, false
 }
 
-// Jobs returns every unfinished job, oldest first.
-func (c *Core) Jobs() []job.Record {
-	var all []job.Record
-	for _, id := range sortedIDs(c.jobs) {
-		all = append(all, c.jobs[id].Record)
+// Jobs calls yield with every unfinished job, in no order. The records are the core's.
+func (c *Core) Jobs(yield func(*job.Record) bool) {
+	for _, e := range c.jobs {
+		if !yield(&e.Record) {
+			return
+		}
 	}
-	return all
 }
+
+// Len returns how many unfinished jobs there are.
+func (c *Core) Len() int { return len(c.jobs) }
 
 // Runners returns every runner seen, by name.
 func (c *Core) Runners() []Runner {
@@ -553,11 +624,9 @@ func sortedIDs(jobs map[int64]*entry) []int64 {
 // Next returns the id that the next job gets.
 func (c *Core) Next() int64 { return c.next }
 
-func (e *entry) lease() job.Lease { return job.Lease{Job: e.ID, Fence: e.Fence} }
-
 // is reports whether l is the lease of e.
-func (e *entry) is(l *job.Lease) bool { return l != nil && *l == e.lease() }
+func (e *entry) is(l *job.Lease) bool { return l != nil && *l == e.Lease() }
 
 func (e *entry) heldBy(runner string, fence uint64) bool {
-	return e.State != job.Queued && e.Holder == runner && e.Fence == fence
+	return e.Holder == runner && e.Fence == fence
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"testing"
 	"time"
@@ -132,6 +133,42 @@ func TestFences(t *testing.T) {
 	}
 }
 
+// TestComesBack: a runner that was thought lost goes on with its job, on the same
+// attempt, whatever raid hears of it first, unless somebody else was granted the job.
+func TestComesBack(t *testing.T) {
+	for name, word := range map[string]func(w *world, o Offer){
+		"join": func(w *world, o Offer) {
+			w.do(Join{Runner: Runner{ID: "r1", Name: "r1", Pools: []string{"p"}}, Held: &o.Lease})
+		},
+		"beat":  func(w *world, o Offer) { w.do(Beat{Runner: "r1", Held: &o.Lease}) },
+		"claim": func(w *world, o Offer) { w.do(Claim{Runner: "r1", Lease: o.Lease}) },
+		"begin": func(w *world, o Offer) { w.do(Begin{Runner: "r1", Lease: o.Lease}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			id := w.submit("ada", "")
+			w.c.Effects()
+			w.join("r1")
+			o := w.offer()
+			w.now += DefaultPolicy().Lease + 10_000
+			w.do(Tick{})
+			if fx := w.c.Effects(); w.state(id) != job.Queued || len(fx.Stops) != 0 {
+				t.Fatalf("%s, stops %v after a silence; want queued, and nobody stopped", w.state(id), fx.Stops)
+			}
+			w.reload()
+			w.do(Join{Runner: Runner{ID: "r1", Name: "r1", Pools: []string{"p"}}})
+			word(w, o)
+			if fx := w.c.Effects(); w.state(id) != job.Running || len(fx.Stops) != 0 {
+				t.Fatalf("%s, stops %v after its runner came back; want running", w.state(id), fx.Stops)
+			}
+			rec := w.finish(o, passed)
+			if rec.State != job.Succeeded || rec.Attempt != 1 || rec.ChargedS != 40 {
+				t.Errorf("%s on attempt %d, charged %v s; want succeeded on 1 for 40", rec.State, rec.Attempt, rec.ChargedS)
+			}
+		})
+	}
+}
+
 // TestBeatKeepsLease: a lease that is renewed never ends, a restart of raid starts
 // its clock again, and a restarted runner loses it at once.
 func TestBeatKeepsLease(t *testing.T) {
@@ -229,8 +266,8 @@ func TestTurns(t *testing.T) {
 		w.submit("hog", "hogs")
 	}
 	late := w.submit("ada", "quiet")
-	order := w.c.Order("p")
-	if at := slices.IndexFunc(order, func(r job.Record) bool { return r.ID == late }); at > 1 {
+	order := w.c.Outlook(w.now, "p")
+	if at := slices.IndexFunc(order, func(f Forecast) bool { return f.Job == late }); at > 1 {
 		t.Errorf("the late job is number %d in the fair order, want 1 or 2", at+1)
 	}
 	w.c.Effects()
@@ -283,6 +320,21 @@ func TestLabels(t *testing.T) {
 		{Runner{Pools: []string{"p"}, Arch: "amd64"}, job.Spec{CPUArch: "ppc64le"}, false},
 		{Runner{Pools: []string{"p"}, Arch: "amd64"}, job.Spec{GPUs: 1}, false},
 		{Runner{Pools: []string{"p"}, GPUs: []string{"V100"}}, job.Spec{GPUs: 2}, true},
+		{Runner{Pools: []string{"p"}}, job.Spec{Image: "any"}, true},
+		{Runner{Pools: []string{"p"}, Engine: "docker"}, job.Spec{Engine: "docker"}, true},
+		{Runner{Pools: []string{"p"}, Engine: "bwrap"}, job.Spec{Engine: "docker"}, false},
+		{Runner{Pools: []string{"p"}, GPUs: []string{"V100"}, GPUArch: "volta"}, job.Spec{GPUs: 1, GPUArch: "Volta", StrictArch: true}, true},
+		{Runner{Pools: []string{"p"}, GPUs: []string{"V100"}, GPUArch: "volta"}, job.Spec{GPUs: 1, GPUArch: "pascal", StrictArch: true}, false},
+		{Runner{Pools: []string{"p"}, GPUs: []string{"V100"}, GPUArch: "volta"}, job.Spec{GPUs: 1, GPUArch: "pascal"}, true},
+		{Runner{Pools: []string{"p"}, GPUs: []string{"V100"}}, job.Spec{GPUs: 1, GPUArch: "volta", StrictArch: true}, false},
+		{Runner{Pools: []string{"p"}, Arch: "amd64"}, job.Spec{GPUArch: "volta", StrictArch: true}, true},
+		{Runner{Pools: []string{"p"}, Images: map[string]*job.Images{"p": {Roles: map[string][]string{"staff": {"a*"}}}}}, job.Spec{Image: "any", Role: "staff"}, true},
+		{Runner{Pools: []string{"p"}, Images: map[string]*job.Images{"p": {Roles: map[string][]string{"staff": {"a*"}}}}}, job.Spec{Image: "any", Role: "student"}, false},
+		{Runner{Pools: []string{"p", "q"}, Images: map[string]*job.Images{"q": {}}}, job.Spec{Image: "any"}, true}, // of p, where images mean nothing
+		{Runner{Pools: []string{"p"}, Images: map[string]*job.Images{"p": {Default: "a"}}}, job.Spec{}, true},
+		{Runner{Pools: []string{"p"}, Images: map[string]*job.Images{"p": {Default: "a"}}}, job.Spec{Image: "any"}, false},
+		{Runner{Pools: []string{"p"}, Images: map[string]*job.Images{"p": {Allow: []string{"a*"}}}}, job.Spec{Image: "any"}, true},
+		{Runner{Pools: []string{"p"}, Images: map[string]*job.Images{"p": {Allow: []string{"a*"}}}}, job.Spec{}, false},
 	} {
 		if got := New(DefaultPolicy()).Lacks(&tt.r, &job.Record{Job: job.Job{Pool: "p"}, Spec: tt.spec}); (got == "") != tt.can {
 			t.Errorf("%+v lacks %q for %+v, want able: %v", tt.r, got, tt.spec, tt.can)
@@ -301,6 +353,9 @@ func (w *world) reload() {
 func keep(rows map[string]Row, writes []Write) {
 	for _, wr := range writes {
 		key := wr.Table + "\x00" + wr.Key
+		if _, had := rows[key]; had && wr.New {
+			panic("not new: " + key)
+		}
 		if wr.Value == nil {
 			delete(rows, key)
 		} else {
@@ -321,9 +376,11 @@ func load(t testing.TB, now Millis, rows map[string]Row) *Core {
 		}
 		slices.Sort(keys)
 		for _, key := range keys {
-			if err := c.LoadRow(now, rows[key]); err != nil {
+			p, err := Parse(rows[key])
+			if err != nil {
 				t.Fatal(err)
 			}
+			c.Load(now, p)
 		}
 	}
 	return c
@@ -363,11 +420,27 @@ func TestReplay(t *testing.T) {
 			keep(rows, w2)
 			verify(rt, plain)
 			verify(rt, reborn)
+			verifyCaps(rt, plain, fx1.Offers)
 			if rapid.IntRange(0, 4).Draw(rt, "reload") == 0 {
 				reborn = revive(t, now, plain, rows)
 			}
 		}
 	})
+}
+
+// A sick runner gets nothing, whatever else it says, until a beat says that it is well.
+func TestSick(t *testing.T) {
+	w := newWorld(t)
+	w.join("r")
+	w.do(Beat{Runner: "r", Idle: true, Sick: "Xid 79"})
+	id := w.submit("ada", "t")
+	if got := w.state(id); got != job.Queued {
+		t.Errorf("job %d is %s on a sick runner, want queued", id, got)
+	}
+	w.do(Beat{Runner: "r", Idle: true})
+	if got := w.state(id); got != job.Running {
+		t.Errorf("job %d is %s once the runner is well, want running", id, got)
+	}
 }
 
 // verify holds the core against an oracle that looks at every job: the heaps pick
@@ -383,8 +456,11 @@ func verify(t interface{ Fatalf(string, ...any) }, c *Core) {
 			t.Fatalf("runner %s is idle though job %d waits: not work conserving", id, want.ID)
 		}
 	}
-	queued, running := map[*node]int{}, map[*node]int{}
+	queued, running, waiting := map[*node]int{}, map[*node]int{}, map[*class]int{}
 	for _, e := range c.jobs {
+		if e.place != nil {
+			waiting[e.place.class]++
+		}
 		for n := c.nodeOf(e); n != nil; n = n.parent {
 			if e.State == job.Queued {
 				queued[n]++
@@ -393,13 +469,39 @@ func verify(t interface{ Fatalf(string, ...any) }, c *Core) {
 			}
 		}
 	}
+	verifyClasses(t, c, waiting)
 	for _, p := range c.pools {
 		for _, n := range append(p.sortedChildren(), p) {
 			if n.queued != queued[n] || n.running != running[n] {
 				t.Fatalf("%s counts %d queued, %d running; there are %d and %d", n.key, n.queued, n.running, queued[n], running[n])
 			}
+		}
+	}
+}
+
+// verifyClasses: no class outlives its last job.
+func verifyClasses(t interface{ Fatalf(string, ...any) }, c *Core, waiting map[*class]int) {
+	for _, cl := range c.classes {
+		if cl.jobs == 0 || cl.jobs != waiting[cl] {
+			t.Fatalf("class %+v counts %d jobs, there are %d", cl.needs, cl.jobs, waiting[cl])
+		}
+	}
+	for _, p := range c.pools {
+		for _, n := range p.sortedChildren() {
+			if len(n.places) > len(c.classes) {
+				t.Fatalf("%s has %d places in %d classes", n.key, len(n.places), len(c.classes))
+			}
+		}
+	}
+}
+
+// verifyCaps: nothing starts over a cap. A job that its runner came back with may
+// have gone over it, but then nothing starts beside it.
+func verifyCaps(t interface{ Fatalf(string, ...any) }, c *Core, offers []Offer) {
+	for _, o := range offers {
+		for n := c.nodeOf(c.jobs[o.Job]); n.parent != nil; n = n.parent {
 			if n.caps.Running > 0 && n.running > n.caps.Running {
-				t.Fatalf("%s runs %d, its cap is %d", n.key, n.running, n.caps.Running)
+				t.Fatalf("%s runs %d after job %d started, its cap is %d", n.key, n.running, o.Job, n.caps.Running)
 			}
 		}
 	}
@@ -469,7 +571,7 @@ func revive(t *testing.T, now Millis, from *Core, rows map[string]Row) *Core {
 func dump(writes []Write) []byte {
 	var b bytes.Buffer
 	for _, w := range writes {
-		fmt.Fprintf(&b, "%s %q %s %v %d\n", w.Table, w.Key, w.Value, w.Lists, w.Score)
+		fmt.Fprintf(&b, "%s %q %s %v %d %v\n", w.Table, w.Key, w.Value, w.Lists, w.Score, w.New)
 	}
 	return b.Bytes()
 }
@@ -548,6 +650,38 @@ func TestCaps(t *testing.T) {
 	}
 }
 
+// TestNeedsAreFew: what one user's jobs ask for cannot make every decision long.
+func TestNeedsAreFew(t *testing.T) {
+	w := newWorld(t)
+	asks := func(user string, gpus int, memoryMB int64) error {
+		_, err := w.c.Apply(w.now, Submit{job.Record{Job: job.Job{User: user, Pool: "p"}, Spec: job.Spec{GPUs: gpus, GPUMemoryMB: memoryMB}}})
+		return err
+	}
+	for n := range int64(maxNeeds) {
+		if err := errors.Join(asks("eve", 1, n+1), asks("eve", 1, n+1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := asks("eve", 1, maxNeeds+1); !errors.Is(err, ErrNeeds) {
+		t.Errorf("one more: %v, want ErrNeeds", err)
+	}
+	if err := errors.Join(asks("eve", 1, 1), asks("ada", 1, maxNeeds+1)); err != nil {
+		t.Errorf("the same again, and somebody else's: %v", err)
+	}
+	for id := range int64(2) {
+		w.do(Cancel{Job: id + 1})
+	}
+	w.do(Cancel{Job: 2*maxNeeds + 1})
+	if err := asks("eve", 1, maxNeeds+1); err != nil {
+		t.Errorf("after one was cancelled: %v", err)
+	}
+	for n := range int64(2 * maxNeeds) {
+		if err := asks("bob", 0, n); err != nil {
+			t.Fatalf("memory of no GPU: %v", err)
+		}
+	}
+}
+
 // TestCapBanksNothing: time behind one's own cap is no credit (the bug that the first
 // run of the research's property test found).
 func TestCapBanksNothing(t *testing.T) {
@@ -582,6 +716,37 @@ func TestCapBanksNothing(t *testing.T) {
 	}
 }
 
+// TestCreditDoesNotStack: people who leave and come back all the time get the credit of
+// a newcomer each time, but one below V, not below each other: who waits steadily gets
+// their share all the same.
+func TestCreditDoesNotStack(t *testing.T) {
+	w := newWorld(t)
+	for range 2000 {
+		w.submit("steady", "steady")
+	}
+	w.c.Effects()
+	w.join("r1")
+	got := map[string]Millis{}
+	const comers, length, rounds = 4, 30_000, 1500
+	for i := range comers {
+		w.submit(fmt.Sprint("comer", i), fmt.Sprint("comer", i))
+	}
+	for range rounds {
+		o := w.offer()
+		w.now += length
+		got[o.Team] += length
+		w.finish(o, passed)
+		w.do(Beat{Runner: "r1", Idle: true})
+		if o.Team != "steady" { // whose job just ended has left, and comes back when the next has started
+			w.submit(o.User, o.Team)
+		}
+	}
+	fair := Millis(rounds * length / (comers + 1))
+	if got["steady"] < fair-10*length {
+		t.Errorf("who waits all the time got %d s, a fair share is %d", got["steady"]/1000, fair/1000)
+	}
+}
+
 func TestWeights(t *testing.T) {
 	p := DefaultPolicy()
 	p.Weights = map[string]int64{"double": 2}
@@ -611,8 +776,8 @@ func TestPriorityIsOnesOwn(t *testing.T) {
 	low := w.submit("ada", "")
 	high := w.do(Submit{job.Record{Job: job.Job{User: "ada", Pool: "p"}, Spec: job.Spec{Priority: 5, Limits: job.Limits{Time: time.Hour}}}}).(*job.Record).ID
 	other := w.submit("bob", "")
-	order := w.c.Order("p")
-	at := func(id int64) int { return slices.IndexFunc(order, func(r job.Record) bool { return r.ID == id }) }
+	order := w.c.Outlook(w.now, "p")
+	at := func(id int64) int { return slices.IndexFunc(order, func(f Forecast) bool { return f.Job == id }) }
 	if at(high) > at(low) {
 		t.Error("the job with the higher priority comes after its owner's other one")
 	}
@@ -654,7 +819,9 @@ func TestPauseAndDrainAreRemembered(t *testing.T) {
 	w.offer()
 }
 
-func TestForecast(t *testing.T) {
+// TestOutlook: jobs start in the fair order, each on the slot that is free first of
+// those that can take it, and what runs is not waiting.
+func TestOutlook(t *testing.T) {
 	w := newWorld(t)
 	w.join("r1")
 	var ids []int64
@@ -662,14 +829,105 @@ func TestForecast(t *testing.T) {
 		ids = append(ids, w.submit("ada", ""))
 	}
 	w.now += 10_000
-	f, ok := w.c.Forecast(w.now, ids[3])
-	if !ok || f.Position != 3 || f.Of != 4 {
-		t.Fatalf("Forecast = %+v %v, want the third of four", f, ok)
+	all := w.c.Outlook(w.now, "p")
+	if len(all) != 4 || all[0].Job != ids[1] {
+		t.Fatalf("Outlook = %+v, want the four that wait", all)
 	}
-	if f.Early <= 0 || f.Late <= f.Early || f.AheadS != 120 {
-		t.Errorf("Forecast = %+v, want a range and 120 GPU-seconds ahead", f)
+	if f := all[2]; f.Job != ids[3] || f.Position != 3 || f.Of != 4 || f.Slots != 1 || f.AheadS != 120 {
+		t.Errorf("Outlook = %+v, want job %d third of four, 120 GPU-seconds ahead", f, ids[3])
 	}
-	if _, ok := w.c.Forecast(w.now, ids[0]); ok {
-		t.Error("a running job has a forecast")
+	if f := all[2]; f.Early != (30+2*30-10)*1000 || f.Late != (90+2*90-10)*1000 {
+		t.Errorf("it starts in %d to %d ms, want 80 to 260 s", f.Early, f.Late)
 	}
+
+	gpu := job.Record{Job: job.Job{User: "bob", Pool: "p"}, Spec: job.Spec{GPUs: 1, Limits: job.Limits{Time: time.Hour}}}
+	id := w.do(Submit{gpu}).(*job.Record).ID
+	at := func() Forecast {
+		all := w.c.Outlook(w.now, "p")
+		return all[slices.IndexFunc(all, func(f Forecast) bool { return f.Job == id })]
+	}
+	if f := at(); f.Slots != 0 || f.Early != 0 {
+		t.Errorf("without a GPU: %+v, want no slot", f)
+	}
+	w.do(Join{Runner: Runner{ID: "g", Name: "g", Pools: []string{"p"}, GPUs: []string{"V100"}}})
+	if f := at(); f.Slots != 1 || f.Early != 0 {
+		t.Errorf("with an idle GPU: %+v, want one slot, at once", f)
+	}
+}
+
+// TestClockStepsBack: nobody waited less than no time, or is paid for what they used.
+func TestClockStepsBack(t *testing.T) {
+	w := newWorld(t)
+	w.submit("ada", "")
+	id := w.submit("ada", "")
+	w.c.Effects()
+	w.join("r1")
+	o := w.offer()
+	w.now -= 1000
+	if rec := w.finish(o, passed); rec.QueueWaitMS < 0 || rec.ChargedS < 0 {
+		t.Errorf("a job that ended before it began waited %d ms and was charged %v s", rec.QueueWaitMS, rec.ChargedS)
+	}
+	if rec := w.do(Cancel{Job: id}).(*job.Record); rec.QueueWaitMS < 0 {
+		t.Errorf("a job that was cancelled before it came waited %d ms", rec.QueueWaitMS)
+	}
+}
+
+// TestNothingIsChargedTwice: what a user and a team have used is what their jobs were
+// charged, whoever was lost, came back, failed or was cancelled meanwhile.
+func TestNothingIsChargedTwice(t *testing.T) {
+	p := drawn
+	p.Burst = 1 << 40 // nobody is lifted
+	rapid.Check(t, func(rt *rapid.T) {
+		now, c := Millis(1_700_000_000_000), New(p)
+		leases, lost := map[string]*job.Lease{}, map[string]*job.Lease{}
+		for _, user := range []string{"ada", "bob", "eve"} { // newcomers would start at V
+			for _, team := range []string{"t1", "t2", "~" + user} {
+				c.child(c.child(c.pool("p"), team), user)
+			}
+		}
+		ended := map[string]int64{} // GPU-milliseconds by node
+		for range rapid.IntRange(1, 80).Draw(rt, "commands") {
+			now += rapid.Int64Range(0, 4000).Draw(rt, "passes")
+			cmd := drawCommand(rt, leases)
+			switch r := rapid.SampledFrom([]string{"r1", "r2"}).Draw(rt, "who"); rapid.IntRange(0, 9).Draw(rt, "what") {
+			case 0: // nobody hears of anybody for a lease
+				now += p.Lease
+				cmd = Tick{}
+			case 1, 2:
+				if l := lost[r]; l != nil {
+					cmd = rapid.SampledFrom([]Command{Claim{r, *l}, Begin{r, *l}, Beat{Runner: r, Held: l},
+						Join{Runner: Runner{ID: r, Name: r, Pools: []string{"p"}}, Held: l},
+						Finish{Runner: r, Lease: *l, Result: job.Result{Reason: job.ReasonExit}}}).Draw(rt, "comes back")
+				}
+			}
+			c.Apply(now, cmd)
+			fx := c.Effects()
+			for _, o := range fx.Offers {
+				leases[o.Runner], lost[o.Runner] = &o.Lease, &o.Lease
+			}
+			for _, rec := range fx.Changed {
+				if rec.State.Final() {
+					ended["p/"+rec.Tenant()] += int64(math.Round(rec.ChargedS * 1000))
+					ended["p/"+rec.Tenant()+"/"+rec.User] += int64(math.Round(rec.ChargedS * 1000))
+				}
+			}
+			c.Flush()
+			charged := map[string]int64{}
+			for _, e := range c.jobs {
+				if e.State == job.Queued && e.charge != 0 {
+					rt.Fatalf("%T: job %d waits and is charged %d", cmd, e.ID, e.charge)
+				}
+				for n := c.nodeOf(e); n.parent != nil; n = n.parent {
+					charged[n.key] += e.charge
+				}
+			}
+			for _, tenant := range c.pool("p").children {
+				for _, n := range append(tenant.sortedChildren(), tenant) {
+					if got, want := n.used*n.weight+n.rem, (charged[n.key]+ended[n.key])*1000; got != want {
+						rt.Fatalf("%T: %s has used %d, its jobs were charged %d", cmd, n.key, got, want)
+					}
+				}
+			}
+		}
+	})
 }

@@ -15,4 +15,5 @@ type Write struct {
 	Row
 	Lists []string
 	Score int64
+	New   bool // there is no such row yet; a store relies on it
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/rai-project/raid/runner/job"
@@ -33,7 +34,11 @@ func ListUser(user string) string { return "user/" + user }
 func ListTeam(team string) string { return "team/" + team }
 
 // Key is the key of a job's row.
-func Key(id int64) string { return fmt.Sprintf("%016d", id) }
+func Key(id int64) string {
+	const zeros = "0000000000000000"
+	s := strconv.FormatInt(id, 10)
+	return zeros[min(len(s), len(zeros)):] + s
+}
 
 type metaRow struct {
 	Next  int64  `json:"next"`
@@ -73,13 +78,18 @@ func (c *Core) Flush() []Write {
 	for _, r := range sorted(c.met, func(r *Runner) string { return r.ID }) {
 		put(TableRunner, r.ID, r)
 	}
-	for _, id := range sorted(c.dirty, Key) {
+	for _, id := range sorted(c.dirty, func(id int64) int64 { return id }) {
 		e := c.jobs[id]
-		put(TableJob, Key(id), jobRow{e.Record, e.granted, e.charge})
+		w = append(w, Write{Row: Row{TableJob, Key(id), encode(jobRow{e.Record, e.granted, e.charge})}, New: !e.written})
+		e.written = true
 	}
-	for _, rec := range c.ended {
-		w = append(w, Write{Row: Row{TableJob, Key(rec.ID), nil}},
-			Write{Row: Row{TablePast, Key(rec.ID), encode(rec)}, Lists: lists(rec), Score: rec.ID})
+	for _, e := range c.ended {
+		if e.written {
+			w = append(w, Write{Row: Row{TableJob, Key(e.ID), nil}})
+		}
+		past := PastRow(&e.Record)
+		past.New = true
+		w = append(w, past)
 	}
 	c.meta, c.ended = false, nil
 	clear(c.charged)
@@ -96,51 +106,59 @@ func lists(rec *job.Record) []string {
 	return l
 }
 
-// LoadRow takes one row of Tables back, in their order. now restarts the clock of
-// every lease: only silence that raid could have heard counts.
-func (c *Core) LoadRow(now Millis, row Row) error {
-	var err error
-	switch row.Table {
-	case TableMeta:
-		var m metaRow
-		err = json.Unmarshal(row.Value, &m)
-		c.next, c.fence, c.turns = m.Next, m.Fence, m.Turns
-	case TableNode:
-		err = c.loadNode(row)
-	case TableRunner:
-		r := &Runner{}
-		err = json.Unmarshal(row.Value, r)
-		c.runners[row.Key] = r
-	case TableJob:
-		err = c.loadJob(now, row)
-	}
-	if err != nil {
-		return fmt.Errorf("row %s %q: %w", row.Table, row.Key, err)
-	}
-	return nil
+// A Parsed is a row whose text has been read.
+type Parsed struct {
+	table, key string
+	row        any // *metaRow, *nodeRow, *Runner or *jobRow
 }
 
-func (c *Core) loadNode(row Row) error {
-	var r nodeRow
-	if err := json.Unmarshal(row.Value, &r); err != nil {
-		return err
+// Parse reads the text of one row of Tables. It needs no core, so that many rows can
+// be read at once.
+func Parse(row Row) (Parsed, error) {
+	p := Parsed{table: row.Table, key: row.Key}
+	switch row.Table {
+	case TableMeta:
+		p.row = &metaRow{}
+	case TableNode:
+		p.row = &nodeRow{}
+	case TableRunner:
+		p.row = &Runner{}
+	case TableJob:
+		p.row = &jobRow{}
 	}
-	parts := strings.SplitN(row.Key, "/", 3)
+	if err := json.Unmarshal(row.Value, p.row); err != nil {
+		return p, fmt.Errorf("row %s %q: %w", row.Table, row.Key, err)
+	}
+	return p, nil
+}
+
+// Load takes one row of Tables back, in their order. now restarts the clock of every
+// lease: only silence that raid could have heard counts.
+func (c *Core) Load(now Millis, p Parsed) {
+	switch r := p.row.(type) {
+	case *metaRow:
+		c.next, c.fence, c.turns = r.Next, r.Fence, r.Turns
+	case *nodeRow:
+		c.loadNode(p.key, r)
+	case *Runner:
+		c.runners[p.key] = r
+	case *jobRow:
+		c.loadJob(now, r)
+	}
+}
+
+func (c *Core) loadNode(key string, r *nodeRow) {
+	parts := strings.SplitN(key, "/", 3)
 	n := c.pool(parts[0])
 	for _, name := range parts[1:] {
 		n = c.child(n, name)
 	}
 	n.used, n.rem, n.turn, n.start, n.guess, n.spread = r.Used, r.Rem, r.Turn, r.Start, r.Guess, r.Spread
 	n.day, n.today, n.paused = r.Day, r.Today, r.Paused
-	return nil
 }
 
-func (c *Core) loadJob(now Millis, row Row) error {
-	var r jobRow
-	if err := json.Unmarshal(row.Value, &r); err != nil {
-		return err
-	}
-	e := &entry{Record: r.Record, granted: r.Granted, charge: r.Charge, heard: now}
+func (c *Core) loadJob(now Millis, r *jobRow) {
+	e := &entry{Record: r.Record, granted: r.Granted, charge: r.Charge, heard: now, written: true}
 	c.jobs[e.ID] = e
 	u := c.nodeOf(e)
 	if e.State == job.Queued {
@@ -149,7 +167,7 @@ func (c *Core) loadJob(now Millis, row Row) error {
 		}
 		c.insert(e)
 		settlePlaces(u)
-		return nil
+		return
 	}
 	c.active[e.ID] = e
 	for n := u; n != nil; n = n.parent {
@@ -159,7 +177,6 @@ func (c *Core) loadJob(now Millis, row Row) error {
 	if h := c.runners[e.Holder]; h != nil {
 		h.Job = e.ID
 	}
-	return nil
 }
 
 func encode(v any) []byte {

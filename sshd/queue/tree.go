@@ -209,9 +209,6 @@ func (n *node) learn(took Millis) {
 	n.guess = max((7*n.guess+took)/8, 1)
 }
 
-// refund gives back what an attempt was charged: nobody pays for raid's failures.
-func (c *Core) refund(e *entry) { c.charge(e, 0); e.granted = 0; e.Holder = "" }
-
 func (e *entry) gpus() Millis { return int64(max(e.Spec.GPUs, 1)) }
 
 func at(ms Millis) job.Time { return job.At(time.UnixMilli(ms)) }
