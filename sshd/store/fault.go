@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/rai-project/raid/sshd/queue"
 )
@@ -14,7 +15,7 @@ const (
 	OpLoad   Op = "load"
 	OpCommit Op = "commit"
 	OpGet    Op = "get"
-	OpList   Op = "list"
+	OpList   Op = "list" // in either direction
 )
 
 // A Call is one call of a faulty store, shown to its plan.
@@ -98,4 +99,65 @@ func (f *faulty) List(ctx context.Context, list string, before int64, n int) ([]
 		return nil, err
 	}
 	return f.Store.List(ctx, list, before, n)
+}
+
+func (f *faulty) Ascend(ctx context.Context, list string, after int64, n int) ([]queue.Row, error) {
+	if err := f.read(OpList); err != nil {
+		return nil, err
+	}
+	return f.Store.Ascend(ctx, list, after, n)
+}
+
+// Delay wraps s so that a call waits for as long as plan says before it begins, or
+// until its ctx ends. plan may be called concurrently with itself. For tests of who
+// uses a store.
+func Delay(s Store, plan func(Op) time.Duration) Store { return &delayed{s, plan} }
+
+type delayed struct {
+	Store
+	plan func(Op) time.Duration
+}
+
+func (d *delayed) wait(ctx context.Context, op Op) error {
+	select {
+	case <-time.After(d.plan(op)):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (d *delayed) Load(ctx context.Context, tables []string, fn func(queue.Row) error) (Rev, error) {
+	if err := d.wait(ctx, OpLoad); err != nil {
+		return 0, err
+	}
+	return d.Store.Load(ctx, tables, fn)
+}
+
+func (d *delayed) Commit(ctx context.Context, prev Rev, writes []queue.Write) (Rev, error) {
+	if err := d.wait(ctx, OpCommit); err != nil {
+		return 0, err
+	}
+	return d.Store.Commit(ctx, prev, writes)
+}
+
+func (d *delayed) Get(ctx context.Context, table, key string) ([]byte, error) {
+	if err := d.wait(ctx, OpGet); err != nil {
+		return nil, err
+	}
+	return d.Store.Get(ctx, table, key)
+}
+
+func (d *delayed) List(ctx context.Context, list string, before int64, n int) ([]queue.Row, error) {
+	if err := d.wait(ctx, OpList); err != nil {
+		return nil, err
+	}
+	return d.Store.List(ctx, list, before, n)
+}
+
+func (d *delayed) Ascend(ctx context.Context, list string, after int64, n int) ([]queue.Row, error) {
+	if err := d.wait(ctx, OpList); err != nil {
+		return nil, err
+	}
+	return d.Store.Ascend(ctx, list, after, n)
 }

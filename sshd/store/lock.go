@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,7 +25,7 @@ func Lock(dir string) (io.Closer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f); err != nil {
 		defer f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("%w: %s holds %s", ErrLocked, holder(f), path)
@@ -38,6 +39,29 @@ func Lock(dir string) (io.Closer, error) {
 	return f, nil
 }
 
+// A process that was killed while it started another keeps its locks until that one has
+// begun. Its number in the file tells that it is gone, and that the lock soon will be.
+const (
+	goneTries = 100
+	gonePause = 10 * time.Millisecond
+)
+
+func flock(f *os.File) error {
+	for n := 0; ; n++ {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || n == goneTries || alive(f) {
+			return err
+		}
+		time.Sleep(gonePause)
+	}
+}
+
+// alive reports whether the process that signed is there.
+func alive(f *os.File) bool {
+	pid, ok := signer(f)
+	return ok && !errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+}
+
 // sign writes who holds the lock into its file. It cuts only afterwards, so that a
 // reader never finds the file empty.
 func sign(f *os.File) error {
@@ -48,12 +72,17 @@ func sign(f *os.File) error {
 	return f.Truncate(int64(len(pid)))
 }
 
-// holder reads what sign wrote. The holder may be about to write it.
-func holder(f *os.File) string {
+// signer reads what sign wrote. The holder may be about to write it.
+func signer(f *os.File) (pid int, ok bool) {
 	b := make([]byte, 20)
 	n, _ := f.ReadAt(b, 0)
 	line, _, _ := strings.Cut(string(b[:n]), "\n")
-	if pid, err := strconv.Atoi(line); err == nil {
+	pid, err := strconv.Atoi(line)
+	return pid, err == nil && pid > 0
+}
+
+func holder(f *os.File) string {
+	if pid, ok := signer(f); ok {
 		return fmt.Sprintf("process %d", pid)
 	}
 	return "another process"

@@ -93,6 +93,9 @@ func (m *Memory) Commit(ctx context.Context, prev Rev, writes []queue.Write) (Re
 		return 0, fmt.Errorf("commit on revision %d: %w", prev, ErrConflict)
 	}
 	for _, w := range writes {
+		if _, had := m.rows.tables[w.Table][w.Key]; had && w.New {
+			panic(fmt.Sprintf("store: %s %q is not new", w.Table, w.Key)) // our own mistake
+		}
 		m.rows.applyLocked(w)
 	}
 	m.rows.rev++
@@ -129,6 +132,24 @@ func (m *Memory) List(ctx context.Context, list string, before int64, n int) ([]
 	}
 	var rows []queue.Row
 	for i := end - 1; i >= 0 && len(rows) < n; i-- {
+		rows = append(rows, m.rows.rowLocked(all[i].table, all[i].key))
+	}
+	return rows, nil
+}
+
+// Ascend implements [Store].
+func (m *Memory) Ascend(ctx context.Context, list string, after int64, n int) ([]queue.Row, error) {
+	m.rows.mu.RLock()
+	defer m.rows.mu.RUnlock()
+	if err := m.usableLocked(ctx); err != nil {
+		return nil, fmt.Errorf("ascend %s: %w", list, err)
+	}
+	all := m.rows.lists[list]
+	first, _ := slices.BinarySearchFunc(all, after, func(e entry, s int64) int {
+		return cmp.Or(cmp.Compare(e.score, s), -1) // behind the last of that score
+	})
+	var rows []queue.Row
+	for i := first; i < len(all) && len(rows) < n; i++ {
 		rows = append(rows, m.rows.rowLocked(all[i].table, all[i].key))
 	}
 	return rows, nil

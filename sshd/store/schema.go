@@ -28,6 +28,11 @@ CREATE TABLE list (name BLOB NOT NULL, score INTEGER NOT NULL, tbl BLOB NOT NULL
 	PRIMARY KEY (name, score, tbl, key)) STRICT, WITHOUT ROWID;
 CREATE INDEX list_row ON list (tbl, key);
 CREATE VIEW rows AS SELECT CAST(tbl AS TEXT) AS tbl, CAST(key AS TEXT) AS key, CAST(value AS TEXT) AS value FROM row;
+`, `
+-- A row's places say where it stands in lists, so that no index has to. Commits go to
+-- the log; row and list follow (see tail.go).
+DROP INDEX list_row;
+CREATE TABLE log (rev INTEGER PRIMARY KEY, batch BLOB NOT NULL) STRICT;
 `}
 }
 

@@ -3,16 +3,13 @@ package store
 import (
 	"context"
 	"database/sql"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -33,11 +30,23 @@ type View struct {
 
 // disk is the Store in one SQLite file. One connection writes; a pool of others
 // reads what was last committed, never waiting for the writer nor making it wait.
+//
+// A commit is one row of the table log, so that it costs one statement and the pages
+// of its own bytes, however many rows it changes, wherever they stand. The rows
+// follow in bulk when there is a quiet moment, or a good many have come together, the
+// newest state of each once. Until then the tail knows them, and readers look there
+// first. After a crash the tail is read from the log again.
 type disk struct {
 	lock    io.Closer
+	logf    func(format string, args ...any)
+	tail    tail
+	wake    chan struct{} // holds a word while the tail has grown
+	stop    chan struct{} // closed by Close
+	folding sync.WaitGroup
 	readers *sql.DB
 	get     *sql.Stmt
 	list    *sql.Stmt
+	ascend  *sql.Stmt
 	closed  atomic.Bool
 
 	mu        sync.Mutex // protects the following; held for a whole commit
@@ -45,6 +54,7 @@ type disk struct {
 	writer    *sql.Conn
 	stmts     map[string]*sql.Stmt // of writer, by text
 	unsettled bool                 // the last commit's outcome is unknown: see settle
+	rev       Rev
 }
 
 var _ Store = (*disk)(nil)
@@ -52,9 +62,10 @@ var _ Store = (*disk)(nil)
 // OpenSQLite opens the store in DIR/raid.db and makes it if need be, 0600. dir must
 // exist on a local file system. It is taken with Lock until Close; the error wraps
 // ErrLocked when another process has it. Staff may read the file with sqlite3 at any
-// time: there is a view rows of everything, and the given views, which are made anew
-// whenever they differ from those in the file.
-func OpenSQLite(ctx context.Context, dir string, views ...View) (Store, error) {
+// time, and see what was committed up to a second ago: there is a view rows of
+// everything, and the given views, which are made anew whenever they differ from those
+// in the file. logf, which may be nil, hears of troubles that cost nothing yet.
+func OpenSQLite(ctx context.Context, dir string, logf func(format string, args ...any), views ...View) (Store, error) {
 	if err := refuseNetwork(dir); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
@@ -62,11 +73,15 @@ func OpenSQLite(ctx context.Context, dir string, views ...View) (Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	d := &disk{lock: lock, stmts: map[string]*sql.Stmt{}}
+	if logf == nil {
+		logf = func(string, ...any) {}
+	}
+	d := &disk{lock: lock, logf: logf, wake: make(chan struct{}, 1), stop: make(chan struct{}), stmts: map[string]*sql.Stmt{}}
 	if err := d.open(ctx, filepath.Join(dir, "raid.db"), views); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open store %s: %w", dir, classify(err, false))
 	}
+	d.folding.Go(d.keepFolding)
 	return d, nil
 }
 
@@ -85,7 +100,34 @@ func (d *disk) open(ctx context.Context, path string, views []View) error {
 	if err := d.openWriter(ctx, path, views); err != nil {
 		return err
 	}
+	if err := d.readLog(ctx); err != nil {
+		return err
+	}
 	return d.openReaders(ctx, path)
+}
+
+// readLog takes back what was committed and not folded.
+func (d *disk) readLog(ctx context.Context) error {
+	if err := d.writer.QueryRowContext(ctx, "SELECT rev FROM meta").Scan(&d.rev); err != nil {
+		return err
+	}
+	rows, err := d.writer.QueryContext(ctx, "SELECT rev, batch FROM log ORDER BY rev")
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var b []byte
+		if err := rows.Scan(&d.rev, &b); err != nil {
+			return err
+		}
+		writes, err := parseBatch(b)
+		if err != nil {
+			return err
+		}
+		d.tail.add(writes, len(b))
+	}
+	return rows.Err()
 }
 
 // makeFile makes the file before SQLite does, for the mode; the log and its index
@@ -143,8 +185,13 @@ func (d *disk) openReaders(ctx context.Context, path string) (err error) {
 	if err != nil {
 		return err
 	}
-	d.list, err = d.readers.PrepareContext(ctx, `SELECT tbl, key, value FROM list CROSS JOIN row USING (tbl, key)
-		WHERE name = ? AND score <= ? ORDER BY score DESC, tbl DESC, key DESC LIMIT ?`)
+	d.list, err = d.readers.PrepareContext(ctx, `SELECT tbl, key, score, value FROM list CROSS JOIN row USING (tbl, key)
+		WHERE name = ? AND score <= ? ORDER BY score DESC, tbl DESC, key DESC`)
+	if err != nil {
+		return err
+	}
+	d.ascend, err = d.readers.PrepareContext(ctx, `SELECT tbl, key, score, value FROM list CROSS JOIN row USING (tbl, key)
+		WHERE name = ? AND score > ? ORDER BY score, tbl, key`)
 	return err
 }
 
@@ -155,66 +202,40 @@ func dsn(path string, q url.Values) string {
 	return u.String()
 }
 
-// Load implements [Store].
-func (d *disk) Load(ctx context.Context, tables []string, fn func(queue.Row) error) (Rev, error) {
-	rev, err := d.load(ctx, tables, fn)
-	if err != nil {
-		return 0, fmt.Errorf("load: %w", d.reading(err))
-	}
-	return rev, nil
-}
-
-func (d *disk) load(ctx context.Context, tables []string, fn func(queue.Row) error) (rev Rev, err error) {
-	if err := d.settled(ctx); err != nil {
-		return 0, err
-	}
-	tx, err := d.readers.BeginTx(ctx, nil) // one snapshot of all tables
-	if err != nil {
-		return 0, err
-	}
-	defer tx.Rollback()
-	if err := tx.QueryRowContext(ctx, "SELECT rev FROM meta").Scan(&rev); err != nil {
-		return 0, err
-	}
-	for _, table := range tables {
-		if err := loadTable(ctx, tx, table, fn); err != nil {
-			return 0, fmt.Errorf("table %s: %w", table, err)
-		}
-	}
-	return rev, nil
-}
-
-func loadTable(ctx context.Context, tx *sql.Tx, table string, fn func(queue.Row) error) error {
-	rows, err := tx.QueryContext(ctx, "SELECT key, value FROM row WHERE tbl = ? ORDER BY key", []byte(table))
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		r := queue.Row{Table: table}
-		if err := rows.Scan(&r.Key, &r.Value); err != nil {
-			return err
-		}
-		if err := fn(present(r)); err != nil {
-			return err
-		}
-	}
-	return rows.Err()
-}
-
 // Commit implements [Store].
 func (d *disk) Commit(ctx context.Context, prev Rev, writes []queue.Write) (Rev, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.settleLocked(ctx); err != nil {
+	if err := d.usableLocked(ctx); err != nil {
 		return 0, fmt.Errorf("commit: %w", err)
+	}
+	if prev != d.rev {
+		return 0, fmt.Errorf("commit on revision %d: %w", prev, ErrConflict)
+	}
+	if _, bytes := d.tail.size(); bytes > mostBytes {
+		return 0, fmt.Errorf("commit: %w: the log of raid.db has %d MiB that its rows could not follow", ErrUnavailable, bytes>>20)
+	}
+	batch := appendBatch([]byte{}, writes)
+	kept, err := parseBatch(batch) // of our own bytes: nothing of writes is kept
+	if err != nil {
+		return 0, fmt.Errorf("commit on revision %d: %w", prev, err)
 	}
 	// Interrupted halfway through its COMMIT, nobody could say what became of it.
 	ctx = context.WithoutCancel(ctx)
-	if err := d.transactLocked(ctx, func() error { return d.applyLocked(ctx, prev, writes) }); err != nil {
+	err = d.transactLocked(ctx, func() error {
+		_, err := d.execLocked(ctx, "INSERT INTO log (rev, batch) VALUES (?, ?)", int64(prev+1), batch)
+		return err
+	})
+	if err != nil {
 		return 0, fmt.Errorf("commit on revision %d: %w", prev, err)
 	}
-	return prev + 1, nil
+	d.rev++
+	d.tail.add(kept, len(batch))
+	select {
+	case d.wake <- struct{}{}:
+	default:
+	}
+	return d.rev, nil
 }
 
 // transactLocked runs fn in a transaction. What it returns is classified.
@@ -241,88 +262,6 @@ func (d *disk) rollbackLocked(ctx context.Context) {
 	_, _ = d.execLocked(ctx, "ROLLBACK")
 }
 
-func (d *disk) applyLocked(ctx context.Context, prev Rev, writes []queue.Write) error {
-	newest, err := d.changedLocked(ctx, "UPDATE meta SET rev = rev + 1 WHERE rev = ?", int64(prev))
-	if err != nil {
-		return err
-	}
-	if !newest {
-		return ErrConflict
-	}
-	for _, w := range writes {
-		if err := d.writeLocked(ctx, w); err != nil {
-			return fmt.Errorf("%s %q: %w", w.Table, w.Key, err)
-		}
-	}
-	return nil
-}
-
-// The statements of a write: ?1 table, ?2 key, ?3 value, ?4 places.
-const (
-	updateSQL = "UPDATE row SET value = ifnull(?3, x'') WHERE tbl = ?1 AND key = ?2 AND places = ifnull(?4, x'')"
-	insertSQL = "INSERT INTO row (tbl, key, value, places) VALUES (?1, ?2, ifnull(?3, x''), ifnull(?4, x'')) ON CONFLICT DO NOTHING"
-	moveSQL   = "UPDATE row SET value = ifnull(?3, x''), places = ifnull(?4, x'') WHERE tbl = ?1 AND key = ?2"
-	deleteSQL = "DELETE FROM row WHERE tbl = ?1 AND key = ?2"
-	leaveSQL  = "DELETE FROM list WHERE tbl = ?1 AND key = ?2"
-)
-
-// writeLocked applies one write. A row that exists and stays in its lists takes one
-// statement and touches no page of a list: that is the common case, as a job changes
-// often and its place in history never.
-func (d *disk) writeLocked(ctx context.Context, w queue.Write) error {
-	if w.Value == nil {
-		return d.execAllLocked(ctx, []string{deleteSQL, leaveSQL}, []byte(w.Table), []byte(w.Key))
-	}
-	args := []any{[]byte(w.Table), []byte(w.Key), w.Value, places(w)}
-	if stays, err := d.changedLocked(ctx, updateSQL, args...); err != nil || stays {
-		return err
-	}
-	isNew, err := d.changedLocked(ctx, insertSQL, args...)
-	if err != nil {
-		return err
-	}
-	if !isNew {
-		if err := d.execAllLocked(ctx, []string{moveSQL}, args...); err != nil {
-			return err
-		}
-		if err := d.execAllLocked(ctx, []string{leaveSQL}, args[:2]...); err != nil {
-			return err
-		}
-	}
-	return d.enterLocked(ctx, w)
-}
-
-// enterLocked puts a row that stands in no list into those of w.
-func (d *disk) enterLocked(ctx context.Context, w queue.Write) error {
-	if len(w.Lists) == 0 {
-		return nil
-	}
-	var text strings.Builder
-	text.WriteString("INSERT OR IGNORE INTO list (tbl, key, score, name) VALUES ")
-	args := []any{[]byte(w.Table), []byte(w.Key), w.Score}
-	for i, name := range w.Lists {
-		if i > 0 {
-			text.WriteString(", ")
-		}
-		fmt.Fprintf(&text, "(?1, ?2, ?3, ?%d)", 4+i)
-		args = append(args, []byte(name))
-	}
-	_, err := d.execLocked(ctx, text.String(), args...)
-	return err
-}
-
-// places encodes the lists a row stands in, for comparison.
-func places(w queue.Write) []byte {
-	if len(w.Lists) == 0 {
-		return []byte{}
-	}
-	b := binary.AppendVarint(nil, w.Score)
-	for _, name := range w.Lists {
-		b = append(binary.AppendUvarint(b, uint64(len(name))), name...)
-	}
-	return b
-}
-
 // changedLocked runs a statement and tells whether it changed a row.
 func (d *disk) changedLocked(ctx context.Context, text string, args ...any) (bool, error) {
 	res, err := d.execLocked(ctx, text, args...)
@@ -331,15 +270,6 @@ func (d *disk) changedLocked(ctx context.Context, text string, args ...any) (boo
 	}
 	n, err := res.RowsAffected()
 	return n > 0, err
-}
-
-func (d *disk) execAllLocked(ctx context.Context, texts []string, args ...any) error {
-	for _, text := range texts {
-		if _, err := d.execLocked(ctx, text, args...); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // execLocked runs a statement on the writer, prepared at its first use.
@@ -355,66 +285,17 @@ func (d *disk) execLocked(ctx context.Context, text string, args ...any) (sql.Re
 	return s.ExecContext(ctx, args...)
 }
 
-// Get implements [Store].
-func (d *disk) Get(ctx context.Context, table, key string) ([]byte, error) {
-	var r queue.Row
-	err := d.get.QueryRowContext(ctx, []byte(table), []byte(key)).Scan(&r.Value)
-	if errors.Is(err, sql.ErrNoRows) {
-		err = ErrNotFound
-	}
-	if err != nil {
-		return nil, fmt.Errorf("get %s %q: %w", table, key, d.reading(err))
-	}
-	return present(r).Value, nil
-}
-
-// List implements [Store].
-func (d *disk) List(ctx context.Context, list string, before int64, n int) ([]queue.Row, error) {
-	found, err := d.query(ctx, list, before, n)
-	if err != nil {
-		return nil, fmt.Errorf("list %s: %w", list, d.reading(err))
-	}
-	return found, nil
-}
-
-func (d *disk) query(ctx context.Context, list string, before int64, n int) (found []queue.Row, err error) {
-	if before == math.MinInt64 {
-		return nil, nil
-	}
-	last := before - 1
-	if before == 0 {
-		last = math.MaxInt64
-	}
-	rows, err := d.list.QueryContext(ctx, []byte(list), last, max(n, 0)) // a negative LIMIT is none
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var r queue.Row
-		if err := rows.Scan(&r.Table, &r.Key, &r.Value); err != nil {
-			return nil, err
-		}
-		found = append(found, present(r))
-	}
-	return found, rows.Err()
-}
-
-// present gives an empty value back as empty: the driver makes nil of it, and nil
-// written back would delete the row.
-func present(r queue.Row) queue.Row {
-	if r.Value == nil {
-		r.Value = []byte{}
-	}
-	return r
-}
-
 // Close implements [Store]. It waits for a commit under way. The readers go first:
 // the last connection, which must be able to write, empties the log into the file.
 func (d *disk) Close() error {
-	if d.closed.Swap(true) {
+	d.mu.Lock()
+	was := d.closed.Swap(true)
+	d.mu.Unlock()
+	if was {
 		return nil
 	}
+	close(d.stop)
+	d.folding.Wait()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var errs []error
@@ -436,10 +317,11 @@ func (d *disk) Close() error {
 	return nil
 }
 
-// settled makes sure that what readers see is what a restart would find.
-func (d *disk) settled(ctx context.Context) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// usableLocked makes sure that what readers see is what a restart would find.
+func (d *disk) usableLocked(ctx context.Context) error {
+	if d.closed.Load() {
+		return ErrClosed
+	}
 	return d.settleLocked(ctx)
 }
 
@@ -449,9 +331,6 @@ func (d *disk) settled(ctx context.Context) error {
 // apply them. The next transaction overwrites them, so one is made that changes
 // nothing anybody reads: after it, what was taken back stays so.
 func (d *disk) settleLocked(ctx context.Context) error {
-	if d.closed.Load() {
-		return ErrClosed
-	}
 	if err := context.Cause(ctx); err != nil || !d.unsettled {
 		return err
 	}

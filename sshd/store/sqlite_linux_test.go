@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -42,7 +43,7 @@ func child(t *testing.T, test, dir string) (*exec.Cmd, *bufio.Scanner) {
 
 func open(t *testing.T, dir string, views ...store.View) store.Store {
 	t.Helper()
-	s, err := store.OpenSQLite(t.Context(), dir, views...)
+	s, err := store.OpenSQLite(t.Context(), dir, nil, views...)
 	if err != nil {
 		t.Fatalf("OpenSQLite = %v", err)
 	}
@@ -82,7 +83,7 @@ func TestKill(t *testing.T) {
 // commitForever commits batches that each put their revision into a new row, a row
 // that all share and a list, and says so on stdout.
 func commitForever(t *testing.T, dir string) {
-	s, err := store.OpenSQLite(context.Background(), dir)
+	s, err := store.OpenSQLite(context.Background(), dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +100,7 @@ func commitForever(t *testing.T, dir string) {
 
 func checkKilled(t *testing.T, dir string, acked store.Rev) store.Rev {
 	t.Helper()
-	s, err := store.OpenSQLite(t.Context(), dir)
+	s, err := store.OpenSQLite(t.Context(), dir, nil)
 	if err != nil {
 		t.Fatalf("open after a kill: %v", err)
 	}
@@ -140,7 +141,7 @@ func query(t *testing.T, dir, text string) string {
 // TestLocked: one process at a time, and the other is told which.
 func TestLocked(t *testing.T) {
 	if dir := os.Getenv(childVar); dir != "" {
-		s, err := store.OpenSQLite(context.Background(), dir)
+		s, err := store.OpenSQLite(context.Background(), dir, nil)
 		fmt.Println("open:", err)
 		if err == nil {
 			bufio.NewReader(os.Stdin).ReadByte() // until killed
@@ -167,7 +168,7 @@ func TestLocked(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	if _, err := store.OpenSQLite(t.Context(), dir); !errors.Is(err, store.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("process ", hold.Process.Pid)) {
+	if _, err := store.OpenSQLite(t.Context(), dir, nil); !errors.Is(err, store.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("process ", hold.Process.Pid)) {
 		t.Errorf("OpenSQLite while process %d has it = %v, want ErrLocked", hold.Process.Pid, err)
 	}
 	hold.Process.Kill()
@@ -198,13 +199,37 @@ func holdOpen(t *testing.T, dir string) (*exec.Cmd, *os.File, error) {
 	return cmd, w, err
 }
 
+// TestLockOfTheDead: the lock of a process that is gone, kept by one that it was just
+// starting, is waited for.
+func TestLockOfTheDead(t *testing.T) {
+	dir := t.TempDir()
+	dead := exec.Command("true")
+	if err := dead.Run(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintln(f, dead.Process.Pid)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { f.Close() })
+	l, err := store.Lock(dir)
+	if err != nil {
+		t.Fatalf("Lock = %v, want it once the other is closed", err)
+	}
+	l.Close()
+}
+
 // A failed open leaves nothing locked, and a lock file left behind locks nothing.
 func TestOpenAgain(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "lock"), []byte("1\nleft behind by a crash"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := store.OpenSQLite(t.Context(), dir, store.View{Name: "no such name"}); err == nil {
+	if _, err := store.OpenSQLite(t.Context(), dir, nil, store.View{Name: "no such name"}); err == nil {
 		t.Error("OpenSQLite with a view of no plain name succeeded")
 	}
 	open(t, dir)
@@ -242,7 +267,7 @@ func TestForeignFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 		db.Close()
-		if _, err := store.OpenSQLite(t.Context(), dir); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if _, err := store.OpenSQLite(t.Context(), dir, nil); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("OpenSQLite of %s file = %v, want %q", tt.name, err, tt.want)
 		}
 	}
@@ -250,7 +275,7 @@ func TestForeignFiles(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "raid.db"), bytes.Repeat([]byte("no database"), 1000), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := store.OpenSQLite(t.Context(), dir); err == nil || errors.Is(err, store.ErrUnavailable) {
+	if _, err := store.OpenSQLite(t.Context(), dir, nil); err == nil || errors.Is(err, store.ErrUnavailable) {
 		t.Errorf("OpenSQLite of a text file = %v, want an error that will not pass", err)
 	}
 }
@@ -270,12 +295,15 @@ func TestViews(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := store.Fold(s); err != nil {
+		t.Fatal(err)
+	}
 	tests := []struct{ text, want string }{
 		{`SELECT group_concat(id || "user", ' ') FROM (SELECT * FROM jobs ORDER BY id DESC)`, "2bob 1ada"},
 		{"SELECT typeof(id) FROM jobs", "integer"},
 		{"SELECT count(*) FROM rows", "4"},
 		{"SELECT value FROM rows WHERE tbl = 'key' AND key = '3'", `{"id":3}`},
-		{"SELECT count(*) FROM migration", "1"},
+		{"SELECT count(*) = max(version) FROM migration", "1"},
 	}
 	for _, tt := range tests {
 		if got := query(t, dir, tt.text); got != tt.want {

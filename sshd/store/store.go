@@ -8,8 +8,9 @@
 // queries a list cannot answer, and more than one writer at a time.
 //
 // There is [NewMemory] for tests, whose rows outlive a Close so that a test can
-// restart what it tests, and [OpenSQLite], the default. [Fault] wraps either and
-// fails on demand. Tables, keys, list names and values are plain bytes: nothing
+// restart what it tests, [OpenSQLite], the default, and [OpenRedis], for several raids
+// of one deployment: there is also who leads them, and where they are. [Fault] wraps any
+// and fails on demand. Tables, keys, list names and values are plain bytes: nothing
 // in them is special, and order is always the order of bytes.
 package store
 
@@ -59,7 +60,14 @@ type Store interface {
 	// below before (0: no bound). Rows of one score come by table, then key, both
 	// descending.
 	List(ctx context.Context, list string, before int64, n int) ([]queue.Row, error)
+	// Ascend returns at most n rows of a list, lowest score first, whose score is above
+	// after. Rows of one score come by table, then key, both ascending.
+	Ascend(ctx context.Context, list string, after int64, n int) ([]queue.Row, error)
 	// Close releases the store. No other method may be called after it. A second
 	// Close does nothing.
 	Close() error
 }
+
+// CheckFolder returns an error if dir lies on a network file system, where SQLite cannot
+// keep its promises.
+func CheckFolder(dir string) error { return refuseNetwork(dir) }

@@ -41,6 +41,7 @@ func Run(t *testing.T, place Place) {
 		{"BatchInOrder", testBatchInOrder},
 		{"ListOrder", testListOrder},
 		{"ListBounds", testListBounds},
+		{"Ascend", testAscend},
 		{"ListMembership", testListMembership},
 		{"Binary", testBinary},
 		{"Large", testLarge},
@@ -49,6 +50,7 @@ func Run(t *testing.T, place Place) {
 		{"Closed", testClosed},
 		{"Concurrent", testConcurrent},
 		{"Random", testRandom},
+		{"Trace", testTrace},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) { tt.run(t, newBench(t, place)) })
@@ -140,6 +142,15 @@ func (b *bench) list(name string, before int64, n int) string {
 	rows, err := b.List(context.Background(), name, before, n)
 	if err != nil {
 		b.t.Errorf("List(%q, %d, %d) = %v", name, before, n, err)
+	}
+	return show(rows)
+}
+
+func (b *bench) ascend(name string, after int64, n int) string {
+	b.t.Helper()
+	rows, err := b.Ascend(context.Background(), name, after, n)
+	if err != nil {
+		b.t.Errorf("Ascend(%q, %d, %d) = %v", name, after, n, err)
 	}
 	return show(rows)
 }
@@ -290,6 +301,33 @@ func testListBounds(t *testing.T, b *bench) {
 	}
 }
 
+func testAscend(t *testing.T, b *bench) {
+	for s := range int64(5) {
+		b.commit(listed(put("t", fmt.Sprint(s-1), ""), s-1, "l", fmt.Sprint("only", s-1)))
+	}
+	b.commit(listed(put("u", "2", ""), 2, "l"), listed(put("t", "12", ""), 2, "l"), listed(put("t", "max", ""), math.MaxInt64, "l"))
+	tests := []struct {
+		after int64
+		n     int
+		want  string
+	}{
+		{math.MinInt64, 2, `"t"/"-1"="" "t"/"0"=""`},
+		{-1, 2, `"t"/"0"="" "t"/"1"=""`},
+		{0, 1, `"t"/"1"=""`}, // 0 is a bound like any other
+		{1, 99, `"t"/"12"="" "t"/"2"="" "u"/"2"="" "t"/"3"="" "t"/"max"=""`},
+		{3, 99, `"t"/"max"=""`},
+		{math.MaxInt64, 99, ""},
+		{-9, 0, ""},
+		{-9, -1, ""},
+	}
+	for _, tt := range tests {
+		equal(t, fmt.Sprintf("Ascend(l, %d, %d)", tt.after, tt.n), b.ascend("l", tt.after, tt.n), tt.want)
+	}
+	equal(t, "Ascend of another list", b.ascend("only3", 0, 99), `"t"/"3"=""`)
+	b.commit(del("t", "2"))
+	equal(t, "Ascend after a delete", b.ascend("l", 1, 2), `"t"/"12"="" "u"/"2"=""`)
+}
+
 func testListMembership(t *testing.T, b *bench) {
 	b.commit(listed(put("t", "a", "1"), 1, "l", "m"), listed(put("t", "b", "1"), 2, "l", "l"))
 	equal(t, "List(l)", b.list("l", 0, 9), `"t"/"b"="1" "t"/"a"="1"`)
@@ -385,7 +423,8 @@ func testClosed(t *testing.T, b *bench) {
 	_, commit := b.Commit(t.Context(), b.rev, nil)
 	_, get := b.Get(t.Context(), "t", "a")
 	_, list := b.List(t.Context(), "l", 0, 1)
-	for name, err := range map[string]error{"Load": load, "Commit": commit, "Get": get, "List": list} {
+	_, ascend := b.Ascend(t.Context(), "l", 0, 1)
+	for name, err := range map[string]error{"Load": load, "Commit": commit, "Get": get, "List": list, "Ascend": ascend} {
 		if !errors.Is(err, store.ErrClosed) {
 			t.Errorf("%s after Close = %v, want ErrClosed", name, err)
 		}
@@ -455,6 +494,8 @@ func testRandom(t *testing.T, b *bench) {
 		var batch []queue.Write
 		for range rnd.IntN(20) {
 			w := randomWrite(rnd)
+			_, had := model[[2]string{w.Table, w.Key}]
+			w.New = !had && w.Value != nil && rnd.IntN(4) > 0
 			batch = append(batch, w)
 			if w.Value == nil {
 				delete(model, [2]string{w.Table, w.Key})
@@ -469,6 +510,7 @@ func testRandom(t *testing.T, b *bench) {
 		for _, l := range []string{"l", "m", "n"} {
 			before, n := rnd.Int64N(7)-3, rnd.IntN(9)
 			equal(t, fmt.Sprintf("List(%s, %d, %d)", l, before, n), b.list(l, before, n), show(modelList(model, l, before, n)))
+			equal(t, fmt.Sprintf("Ascend(%s, %d, %d)", l, before, n), b.ascend(l, before, n), show(modelAscend(model, l, before, n)))
 		}
 		if t.Failed() {
 			t.Fatalf("the batch was %+v", batch)
@@ -511,6 +553,17 @@ func modelList(model map[[2]string]queue.Write, list string, before int64, n int
 		w := model[id]
 		if slices.Contains(w.Lists, list) && (before == 0 || w.Score < before) && len(rows) < n {
 			rows = append(rows, w.Row)
+		}
+	}
+	return rows
+}
+
+func modelAscend(model map[[2]string]queue.Write, list string, after int64, n int) (rows []queue.Row) {
+	all := modelList(model, list, 0, math.MaxInt)
+	slices.Reverse(all)
+	for _, r := range all {
+		if model[[2]string{r.Table, r.Key}].Score > after && len(rows) < n {
+			rows = append(rows, r)
 		}
 	}
 	return rows
