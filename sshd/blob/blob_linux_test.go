@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rai-project/raid/sshd/blob"
+	"github.com/rai-project/raid/sshd/blob/blobtest"
 )
 
 // childVar makes a run of this test binary a child that uploads into the folder it names.
@@ -60,7 +61,7 @@ func uploadForever(t *testing.T, dir string) {
 		}
 		fmt.Fprint(u, rand.Uint64())
 		io.CopyN(u, repeat("0123456789"), rand.Int64N(1<<18))
-		k, err := u.Commit()
+		k, err := u.Commit(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -72,9 +73,9 @@ func checkKilled(t *testing.T, dir string, acked map[blob.Key]bool) {
 	t.Helper()
 	f := open(t, dir, blob.Options{})
 	found := 0
-	for info, err := range f.List() {
+	for info, err := range f.List(t.Context()) {
 		if err == nil {
-			err = f.Verify(info.Key)
+			err = f.Verify(t.Context(), info.Key)
 		}
 		if err != nil {
 			t.Fatalf("after a kill: %v", err)
@@ -83,7 +84,7 @@ func checkKilled(t *testing.T, dir string, acked map[blob.Key]bool) {
 			found++
 		}
 		// Keep the folder small: the next round has its own.
-		if err := f.Remove(info.Key); err != nil {
+		if err := f.Remove(t.Context(), info.Key); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -106,14 +107,16 @@ func TestDiskFull(t *testing.T) {
 	if !errors.Is(err, blob.ErrNoSpace) {
 		t.Fatalf("8 MiB onto a disk of 4 MiB: %d, %v, want ErrNoSpace", n, err)
 	}
-	if k, err := u.Commit(); !errors.Is(err, blob.ErrNoSpace) {
+	if k, err := u.Commit(t.Context()); !errors.Is(err, blob.ErrNoSpace) {
 		t.Errorf("Commit = %s, %v, want ErrNoSpace", k, err)
 	}
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("files = %q, want none", left)
 	}
 	put(t, f, "small")
-	checkBlob(t, f, "small")
+	if err := f.Verify(t.Context(), blobtest.KeyOf("small")); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestReserveIsKept: the reserve holds against an upload that began while there was
@@ -129,25 +132,21 @@ func TestReserveIsKept(t *testing.T) {
 
 // TestRoomIsGivenBack: a blob takes no more of the disk than it has bytes.
 func TestRoomIsGivenBack(t *testing.T) {
-	f := open(t, t.TempDir(), blob.Options{})
+	dir := t.TempDir()
+	f := open(t, dir, blob.Options{})
 	u := create(t, f, 0)
 	if _, err := io.CopyN(u, repeat("0123456789"), 9<<20); err != nil {
 		t.Fatal(err)
 	}
-	k, err := u.Commit()
+	k, err := u.Commit(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	file, err := f.Open(k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
 	var st unix.Stat_t
-	if err := unix.Fstat(int(file.Fd()), &st); err != nil || st.Size != 9<<20 || st.Blocks*512 > 10<<20 {
+	if err := unix.Stat(path(dir, k), &st); err != nil || st.Size != 9<<20 || st.Blocks*512 > 10<<20 {
 		t.Errorf("a blob of 9 MiB has %d bytes and takes %d, %v", st.Size, st.Blocks*512, err)
 	}
-	if err := f.Verify(k); err != nil {
+	if err := f.Verify(t.Context(), k); err != nil {
 		t.Error(err)
 	}
 }

@@ -1,14 +1,13 @@
 package blob
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
 	"os"
-	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,29 +26,36 @@ const (
 // An Upload is a blob on its way. Use it from one goroutine; ReadAt may run
 // concurrently with everything and sees what was written before it began.
 type Upload struct {
-	folder *Folder
-	file   *os.File
-	hash   hash.Hash
-	limit  int64
-	size   int64
-	begun  int64 // bytes whose way to the disk has begun
-	room   int64 // bytes the file has room for, when it was asked for
-	err    error // the first failure; nothing works after it
-	key    Key   // once committed
-	over   bool  // the file is closed, and committed or removed
+	disk  *disk
+	home  home
+	file  *os.File
+	hash  hash.Hash
+	limit int64
+	size  int64
+	begun int64 // bytes whose way to the disk has begun
+	room  int64 // bytes the file has room for, when it was asked for
+	err   error // the first failure; nothing works after it
+	key   Key   // once committed
+	over  bool  // the file is closed, and committed or removed
 }
 
-// Create begins an upload of at most limit bytes; 0 is no limit. The caller ends it
-// with Commit or Abort. ErrNoSpace: the disk is full up to the reserve.
-func (f *Folder) Create(limit int64) (*Upload, error) {
-	if err := f.room(); err != nil {
+// A home is where an upload becomes a blob: the half of a Store that Upload uses.
+type home interface {
+	// place makes the blob k of file, which has size bytes of that hash, is whole and
+	// nobody's but ours. It goes away from where it is, or is left there on an error.
+	place(ctx context.Context, file *os.File, k Key, size int64) error
+}
+
+// create begins an upload that becomes a blob of h's.
+func (d *disk) create(h home, limit int64) (*Upload, error) {
+	if err := d.room(); err != nil {
 		return nil, err
 	}
-	file, err := os.CreateTemp(f.tmp(), tempPrefix) // 0600
+	file, err := os.CreateTemp(d.tmp(), tempPrefix) // 0600
 	if err != nil {
 		return nil, describe("upload", err)
 	}
-	return &Upload{folder: f, file: file, hash: sha256.New(), limit: limit}, nil
+	return &Upload{disk: d, home: h, file: file, hash: sha256.New(), limit: limit}, nil
 }
 
 // Write appends p. It writes all of it or fails for good: with ErrTooBig, ErrNoSpace,
@@ -80,11 +86,13 @@ func (u *Upload) Write(p []byte) (int, error) {
 // push has the disk begin with what was written since the last time, and looks
 // whether others, or we, have reached the reserve meanwhile.
 func (u *Upload) push() error {
-	if err := writeBack(u.file, u.begun, u.size-u.begun); err != nil {
-		return describe("upload", err)
+	if !u.disk.passing {
+		if err := writeBack(u.file, u.begun, u.size-u.begun); err != nil {
+			return describe("upload", err)
+		}
 	}
 	u.begun = u.size
-	if err := u.folder.room(); err != nil {
+	if err := u.disk.room(); err != nil {
 		return err
 	}
 	if u.size+ahead > u.room {
@@ -133,26 +141,26 @@ func (u *Upload) Size() int64 { return u.size }
 
 // Commit makes the upload a blob and returns its key. When it returns, the blob is
 // durable. It ends the upload whatever it returns; called again, it returns the same.
-func (u *Upload) Commit() (Key, error) {
+func (u *Upload) Commit(ctx context.Context) (Key, error) {
 	if u.key != "" {
 		return u.key, nil
 	}
 	if u.err == nil {
 		key := keyOf(u.hash.Sum(nil))
-		if u.err = describe(key, u.place(key)); u.err == nil {
+		if u.err = describe(key, u.place(ctx, key)); u.err == nil {
 			u.key = key
 		}
 	}
 	return u.key, errors.Join(u.err, u.end())
 }
 
-func (u *Upload) place(k Key) error {
+func (u *Upload) place(ctx context.Context, k Key) error {
 	if u.room > u.size {
 		if err := u.file.Truncate(u.size); err != nil { // gives back what was not needed
 			return err
 		}
 	}
-	return u.folder.place(u.file, k)
+	return u.home.place(ctx, u.file, k, u.size)
 }
 
 // Abort ends the upload and leaves nothing of it. After Commit, or another Abort, it
@@ -184,19 +192,16 @@ func (u *Upload) fail(err error) error {
 	return err
 }
 
-// Adopt makes a blob of the file at path, which goes away from there, and returns its
-// key and size. The file must lie on the folder's file system, in a place where nobody
-// else can write, and be open to no writer: its bytes are read once and believed. When
-// Adopt fails the file stays. ErrTooBig: it has more than limit bytes; 0 is no limit.
-func (f *Folder) Adopt(path string, limit int64) (Key, int64, error) {
-	key, size, err := f.adopt(path, limit)
+// adopt is Store.Adopt for any home.
+func adopt(ctx context.Context, h home, path string, limit int64) (Key, int64, error) {
+	key, size, err := tryAdopt(ctx, h, path, limit)
 	if err != nil {
 		return "", 0, fmt.Errorf("adopt %s: %w", path, err)
 	}
 	return key, size, nil
 }
 
-func (f *Folder) adopt(path string, limit int64) (Key, int64, error) {
+func tryAdopt(ctx context.Context, h home, path string, limit int64) (Key, int64, error) {
 	// Neither follow a link nor wait for the other end of a FIFO.
 	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -213,38 +218,14 @@ func (f *Folder) adopt(path string, limit int64) (Key, int64, error) {
 	case limit > 0 && st.Size > limit:
 		return "", 0, fmt.Errorf("%w: %d bytes, more than %d", ErrTooBig, st.Size, limit)
 	}
-	h := sha256.New()
-	n, err := io.CopyBuffer(h, onlyReader{file}, make([]byte, block))
+	hash := sha256.New()
+	n, err := io.CopyBuffer(hash, onlyReader{file}, make([]byte, block))
 	if err != nil {
 		return "", 0, err
 	}
 	if n != st.Size {
 		return "", 0, fmt.Errorf("%d bytes became %d while they were read", st.Size, n)
 	}
-	key := keyOf(h.Sum(nil))
-	return key, n, f.place(file, key)
-}
-
-// place makes file, whole and nobody's but ours, the blob k. The blob may be there
-// already: the new file takes its place, so that its age is new, so that a rotten one
-// is mended, and so that a commit of the same bytes that is not durable yet is not
-// mistaken for one that is.
-func (f *Folder) place(file *os.File, k Key) error {
-	path, err := f.path(k)
-	if err != nil {
-		return err
-	}
-	now := time.Now()
-	if err := errors.Join(file.Chmod(0o400), os.Chtimes(file.Name(), now, now)); err != nil {
-		return err
-	}
-	if err := file.Sync(); err != nil {
-		return err
-	}
-	f.move.RLock()
-	defer f.move.RUnlock()
-	if err := os.Rename(file.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
+	key := keyOf(hash.Sum(nil))
+	return key, n, describe(key, h.place(ctx, file, key, n))
 }
