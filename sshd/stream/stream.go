@@ -9,7 +9,8 @@
 // Promises: appending waits for the disk and for nobody who reads; a follower sees
 // every byte that is still on disk, once and in order; all of it goes on after the
 // process was killed. Non-goals: deciding when a job ends, who may read, and keeping
-// logs for good (Remove is the caller's decision, once a blob holds the log).
+// logs for good: [Spools.Pack] makes a file of a job's output, which another raid can
+// [Spools.Restore], and where that file is kept is the caller's business.
 package stream
 
 import (
@@ -32,7 +33,10 @@ import (
 // ErrOver is returned by Attempt when the job is finished or a later attempt exists.
 var ErrOver = errors.New("stream: attempt is over")
 
-var errClosed = fmt.Errorf("stream: %w", fs.ErrClosed)
+var (
+	errClosed  = fmt.Errorf("stream: %w", fs.ErrClosed)
+	errRemoved = fmt.Errorf("stream: output was removed: %w", fs.ErrNotExist)
+)
 
 // doneName is the file in a job's folder that says no attempt will follow.
 const doneName = "done"
@@ -72,7 +76,11 @@ type attempt struct {
 // New returns the spools under dir, which is made when first needed. logf hears of
 // faults that nobody can be told of otherwise.
 func New(dir string, logf func(format string, args ...any)) *Spools {
-	return &Spools{dir: dir, logf: logf, feeds: map[int64]*feed{}}
+	s := &Spools{dir: dir, logf: logf, feeds: map[int64]*feed{}}
+	if err := s.sweep(); err != nil {
+		logf("clean up output: %v", err)
+	}
+	return s
 }
 
 // Attempt returns the log of an attempt, the same as long as the job is not finished;
@@ -108,6 +116,18 @@ func (s *Spools) setBegun(fn func(id int64)) {
 func (s *Spools) has(id int64) bool {
 	_, err := os.Stat(filepath.Join(s.dir, strconv.FormatInt(id, 10)))
 	return err == nil
+}
+
+// peek returns where the output of a job ends, if it is in memory.
+func (s *Spools) peek(id int64) (end int64, ok bool) {
+	s.mu.Lock()
+	f := s.feeds[id]
+	s.mu.Unlock()
+	if f == nil {
+		return 0, false
+	}
+	end, _ = f.size()
+	return end, true
 }
 
 // use returns the feed of a job, read from disk if it was not in memory. Every use
@@ -169,6 +189,10 @@ func (s *Spools) unuse(id int64, f *feed) {
 func (f *feed) load() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.loadLocked()
+}
+
+func (f *feed) loadLocked() error {
 	if f.loaded {
 		return nil
 	}
@@ -246,7 +270,7 @@ func (f *feed) attempt(n int, limit int64) (*spool.Log, error) {
 
 // Finish says that no attempt will follow: the last is sealed and followers end once
 // they have read it, now and after a restart. It may be called again, and for a job
-// that never ran.
+// that never ran. Followers end even if it cannot be written down.
 func (s *Spools) Finish(id int64) error {
 	f, err := s.use(id)
 	if err != nil {
@@ -271,19 +295,16 @@ func (f *feed) finish() error {
 	if err := seal(f.logs, true); err != nil {
 		return err
 	}
+	f.done = true // whatever becomes of the mark: the store knows, and says so again if asked
+	f.ringLocked()
 	if err := os.MkdirAll(f.dir, 0o700); err != nil {
 		return err
 	}
-	// Not synced: the store knows that the job is over, and says so again if asked.
-	if err := os.WriteFile(filepath.Join(f.dir, doneName), nil, 0o600); err != nil {
-		return err
-	}
-	f.done = true
-	f.ringLocked()
-	return nil
+	return os.WriteFile(filepath.Join(f.dir, doneName), nil, 0o600) // nor is it synced
 }
 
-// Remove deletes all output of a job. Its followers end with an error.
+// Remove deletes all output of a job. Its followers end with fs.ErrNotExist, at the
+// latest where what they have begun to read ends.
 func (s *Spools) Remove(id int64) error {
 	f, err := s.hold(id) // not loaded: damaged ones go too
 	if err != nil {
@@ -300,6 +321,22 @@ func (s *Spools) Remove(id int64) error {
 	err = errors.Join(closeAll(f.logs), os.RemoveAll(f.dir))
 	if err != nil {
 		return fmt.Errorf("remove output of job %d: %w", id, err)
+	}
+	return nil
+}
+
+// RemoveUnfinished deletes the output of every job that Finish was not called for.
+func (s *Spools) RemoveUnfinished() error {
+	for id, err := range s.List() {
+		if err != nil {
+			return err
+		}
+		if _, err := os.Stat(filepath.Join(s.dir, strconv.FormatInt(id, 10), doneName)); err == nil {
+			continue
+		}
+		if err := s.Remove(id); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -352,7 +389,7 @@ func (f *feed) after(n int) (*attempt, chan struct{}, error) {
 	}
 	switch {
 	case f.removed:
-		return nil, nil, fmt.Errorf("stream: output was removed: %w", fs.ErrNotExist)
+		return nil, nil, errRemoved
 	case f.done:
 		return nil, nil, io.EOF
 	case f.closed:
@@ -362,6 +399,12 @@ func (f *feed) after(n int) (*attempt, chan struct{}, error) {
 		f.bell = make(chan struct{})
 	}
 	return nil, f.bell, nil
+}
+
+func (f *feed) gone() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.removed
 }
 
 // size returns the logical end of all attempts together, and whether that is final.
@@ -444,6 +487,9 @@ func (f *Follower) next(ctx context.Context) (Chunk, error) {
 			continue
 		}
 		if err != nil {
+			if f.feed.gone() {
+				err = errRemoved
+			}
 			return Chunk{}, err
 		}
 		c.End += f.base

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -170,6 +171,24 @@ func TestFollowerWaits(t *testing.T) {
 		finish(t, s, 5)
 		wg.Wait()
 	})
+}
+
+// TestFinishUnmarked: followers of a job that has ended go, though the disk takes no mark.
+func TestFinishUnmarked(t *testing.T) {
+	dir := t.TempDir()
+	s := spools(t, dir)
+	say(t, attemptOf(t, s, 5, 1), job.Out, "last words")
+	f := s.Follow(5)
+	defer f.Close()
+	if err := os.Mkdir(filepath.Join(dir, "5", doneName), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Finish(5); err == nil {
+		t.Error("Finish of a job that could not be marked = nil")
+	}
+	if got, err := words(t, ended(), f); err != io.EOF {
+		t.Errorf("the follower read %q, %v, want io.EOF", got, err)
+	}
 }
 
 func TestFollowEnds(t *testing.T) {
@@ -346,5 +365,60 @@ func TestConcurrentUse(t *testing.T) {
 	wg.Wait()
 	if len(s.feeds) != 0 {
 		t.Errorf("%d feeds are in memory, want none", len(s.feeds))
+	}
+}
+
+// A removed log ends its readers, as removed and not as a fault of the disk.
+func TestRemoveWhileRead(t *testing.T) {
+	for _, done := range []bool{true, false} {
+		s := spools(t, t.TempDir())
+		say(t, attemptOf(t, s, 5, 1), job.Out, "a")
+		if done {
+			finish(t, s, 5)
+		}
+		f := s.Follow(5)
+		defer f.Close()
+		if c, err := f.Next(t.Context()); err != nil || string(c.Data) != "a" {
+			t.Fatalf("Next = %q, %v, want a", c.Data, err)
+		}
+		if err := s.Remove(5); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.Next(t.Context()); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("done %v: Next after Remove = %v, want fs.ErrNotExist", done, err)
+		}
+	}
+}
+
+func TestListAndUsage(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "spool")
+	s := spools(t, dir)
+	list := func() (ids []int64) {
+		for id, err := range s.List() {
+			if err != nil {
+				t.Fatal(err)
+			}
+			ids = append(ids, id)
+		}
+		slices.Sort(ids)
+		return ids
+	}
+	if ids := list(); len(ids) > 0 {
+		t.Errorf("List of no folder = %v", ids)
+	}
+	for id := range int64(3) {
+		say(t, attemptOf(t, s, id, 1), job.Out, strings.Repeat("a", 100_000))
+	}
+	if err := os.Mkdir(filepath.Join(dir, "not a number"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if ids := list(); !slices.Equal(ids, []int64{0, 1, 2}) {
+		t.Errorf("List = %v, want 0, 1 and 2", ids)
+	}
+	if n, err := s.Usage(1); n < 100_000 || n > 200_000 || err != nil {
+		t.Errorf("Usage = %d, %v, want what du says of 100000 bytes", n, err)
+	}
+	if n, err := s.Usage(9); n != 0 || err != nil {
+		t.Errorf("Usage of nothing = %d, %v, want 0", n, err)
 	}
 }
