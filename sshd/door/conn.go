@@ -44,12 +44,13 @@ type conn struct {
 
 	mu     sync.Mutex // protects the following
 	who    keys.Identity
-	peer   *ssh.ServerConn // nil before the first session
-	open   int             // channels taken, until their session has ended
-	alert  int             // of these, the ones that have not seen their channel close
-	busy   int             // of these, the ones whose client waits for us
-	idle   *time.Timer     // runs from login while busy is 0
-	ending bool            // no new sessions
+	peer   *ssh.ServerConn       // nil before the first session
+	guests map[*Session]struct{} // that another raid has brought
+	open   int                   // channels taken, until their session has ended
+	alert  int                   // of these, the ones that have not seen their channel close
+	busy   int                   // of these, the ones whose client waits for us
+	idle   *time.Timer           // runs from login while busy is 0
+	ending bool                  // no new sessions
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
@@ -123,10 +124,15 @@ func (c *conn) cut(cause error) {
 }
 
 // revoke ends the connection if it belongs to the key: sessions first, so that their
-// handlers can say why.
+// handlers can say why. Of a connection of another raid's, only sessions of the key end.
 func (c *conn) revoke(fingerprint string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	for s := range c.guests {
+		if s.Who.Fingerprint == fingerprint {
+			s.over(ErrRevoked)
+		}
+	}
 	if c.who.Fingerprint != fingerprint || c.ending {
 		return
 	}
@@ -154,8 +160,11 @@ func (c *conn) retire() {
 }
 
 func (c *conn) idleLimit() time.Duration {
-	if c.srv.closing.Err() != nil {
+	switch {
+	case c.srv.closing.Err() != nil:
 		return shutdownLimit
+	case c.who.Role == keys.Door: // it ends the connection when another raid leads
+		return carrierLimit
 	}
 	return idleLimit
 }
@@ -168,12 +177,21 @@ func (c *conn) session(peer *ssh.ServerConn, nc ssh.NewChannel) {
 	}
 	defer c.exit()
 	defer c.srv.contain("session from " + c.from.String())
-	who, ok := identity(peer.Permissions) // only the key that signed: defect e
-	if !ok {
-		c.noticed()
-		c.idleAgain()
-		nc.Reject(ssh.Prohibited, "not logged in")
+	p, ok := proven(peer.Permissions) // only the key that signed: defect e
+	if !ok || p.who.Role == keys.Door {
+		c.turnAway(nc, "not logged in")
 		return
+	}
+	if c.srv.cfg.Route != nil {
+		if c.relay(p, nc) {
+			return
+		}
+		who, err := c.lookUp(p.key, c.from) // at login somebody else may have led, or nobody
+		if err != nil {
+			c.turnAway(nc, err.Error())
+			return
+		}
+		p.who = who
 	}
 	ch, requests, err := nc.Accept()
 	if err != nil {
@@ -181,7 +199,25 @@ func (c *conn) session(peer *ssh.ServerConn, nc ssh.NewChannel) {
 		c.idleAgain()
 		return
 	}
-	newSession(c, who, ch).run(requests)
+	newSession(c, p.who, ch).run(requests)
+}
+
+// lookUp finds out who a key that was proved belongs to, now.
+func (c *conn) lookUp(key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
+	l := login{ctx: c.ctx, from: from, authorize: c.srv.cfg.Authorize, logf: c.srv.cfg.Logf,
+		last: ssh.FingerprintSHA256(plain(key))}
+	who, err := l.lookUp(key)
+	if err == nil && who.Role == keys.Door { // a raid has no sessions of its own
+		err = errRefused
+	}
+	return who, err
+}
+
+// turnAway rejects a channel that was counted in.
+func (c *conn) turnAway(nc ssh.NewChannel, why string) {
+	c.noticed()
+	c.idleAgain()
+	nc.Reject(ssh.Prohibited, why)
 }
 
 // refuse rejects a channel. gliderlabs gives each a goroutine, and each waits while the
@@ -191,6 +227,10 @@ func (c *conn) refuse(nc ssh.NewChannel) {
 		c.cut(ErrLost)
 	}
 	defer c.refusing.Add(-1)
+	if c.srv.closing.Err() != nil {
+		nc.Reject(ssh.ResourceShortage, "the server is stopping")
+		return
+	}
 	nc.Reject(ssh.ResourceShortage, "too many sessions on this connection")
 }
 
@@ -198,7 +238,7 @@ func (c *conn) refuse(nc ssh.NewChannel) {
 func (c *conn) enter(peer *ssh.ServerConn) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.ending || c.srv.closing.Err() != nil || c.open >= c.srv.cfg.MaxSessions {
+	if c.ending || c.srv.closing.Err() != nil || c.open >= c.maxSessions() {
 		return false
 	}
 	if c.peer == nil {
@@ -211,6 +251,15 @@ func (c *conn) enter(peer *ssh.ServerConn) bool {
 	c.idle.Stop()
 	c.work.Add(1)
 	return true
+}
+
+// maxSessions is how many channels the connection may have; for another raid's, of whole
+// classes of students, as good as any number.
+func (c *conn) maxSessions() int {
+	if c.who.Role == keys.Door {
+		return maxCarried
+	}
+	return c.srv.cfg.MaxSessions
 }
 
 // idleAgain says that a session's client has all it will get.

@@ -23,6 +23,14 @@
 //   - What a stranger can hold is bounded: time and connections before login,
 //     sessions, environment, command length, silence.
 //
+// # Many doors
+//
+// Several raids may serve one deployment, of which one leads. The others pass the
+// sessions of their clients on to it over a [Link], channel by channel: bytes, requests
+// and exit status as they are, and why the client went. The leader looks the client's
+// key up itself. What it must believe is that the client has proved the key, and where
+// it called from; it believes that of keys with the role keys.Door, and of no other.
+//
 // # Non-goals
 //
 // No forwarding of any kind, no agent, no X11, no subsystems, no passwords. Output
@@ -105,6 +113,12 @@ type Config struct {
 	// checked yet: verify it with ssh.CertChecker or refuse it. ctx ends with the
 	// connection. Fingerprint is filled in when it is left empty.
 	Authorize func(ctx context.Context, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error)
+
+	// Route says where the next session of a client is to be handled: by the raid at
+	// the other end of a Link, or, if that is nil, by Handle. It may wait a while for
+	// the answer, not longer than ctx lasts. With it, Authorize is asked again before each
+	// session that is handled here. Defaults to Handle always.
+	Route func(ctx context.Context) *Link
 
 	// Handle runs one session and returns its exit status. It returns soon after
 	// ctx ends and leaves no goroutine behind that uses the Session. A panic is
@@ -212,12 +226,19 @@ func (s *Server) gliderlabs() *gliderlabs.Server {
 		ServerConfigCallback: func(ctx gliderlabs.Context) *ssh.ServerConfig {
 			return ctx.Value(connKey{}).(*conn).login.config()
 		},
-		// Every global request is refused with a reply, tcpip-forward too; every
+		// Every other global request is refused with a reply, tcpip-forward too; every
 		// channel but these is rejected.
-		RequestHandlers: map[string]gliderlabs.RequestHandler{},
+		RequestHandlers: map[string]gliderlabs.RequestHandler{
+			whoRequest: func(ctx gliderlabs.Context, _ *gliderlabs.Server, r *ssh.Request) (bool, []byte) {
+				return ctx.Value(connKey{}).(*conn).answerWho(r.Payload)
+			},
+		},
 		ChannelHandlers: map[string]gliderlabs.ChannelHandler{
 			"session": func(_ *gliderlabs.Server, peer *ssh.ServerConn, nc ssh.NewChannel, ctx gliderlabs.Context) {
 				ctx.Value(connKey{}).(*conn).session(peer, nc)
+			},
+			carriedChannel: func(_ *gliderlabs.Server, peer *ssh.ServerConn, nc ssh.NewChannel, ctx gliderlabs.Context) {
+				ctx.Value(connKey{}).(*conn).receive(peer, nc)
 			},
 		},
 	}

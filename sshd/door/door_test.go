@@ -28,24 +28,33 @@ const patience = 20 * time.Second
 // A house is a server on loopback with two people enrolled.
 type house struct {
 	*Server
-	addr string
-	ada  ssh.Signer // enrolled as ada
-	bob  ssh.Signer // enrolled as bob
-	mu   sync.Mutex
-	log  []string
+	addr  string
+	front *house     // another raid's door that clients come through; nil for none
+	ada   ssh.Signer // enrolled as ada
+	bob   ssh.Signer // enrolled as bob
+	mu    sync.Mutex
+	log   []string
 }
 
 // open starts a house. What cfg leaves out gets a default that suits tests.
 func open(t testing.TB, cfg Config) *house {
 	t.Helper()
+	if throughAnother {
+		return openTwo(t, cfg)
+	}
 	h := build(t, cfg)
+	h.listen(t)
+	return h
+}
+
+func (h *house) listen(t testing.TB) {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	h.serve(t, l)
 	h.addr = l.Addr().String()
-	return h
 }
 
 func build(t testing.TB, cfg Config) *house {
@@ -86,7 +95,10 @@ func (h *house) serve(t testing.TB, l net.Listener) {
 
 // enrolled is the house's Authorize: two people, everybody else is a guest.
 func (h *house) enrolled(_ context.Context, key ssh.PublicKey, _ netip.AddrPort) (keys.Identity, error) {
-	for user, k := range map[string]ssh.Signer{"ada": h.ada, "bob": h.bob} {
+	h.mu.Lock()
+	people := map[string]ssh.Signer{"ada": h.ada, "bob": h.bob}
+	h.mu.Unlock()
+	for user, k := range people {
 		if bytes.Equal(k.PublicKey().Marshal(), key.Marshal()) {
 			return keys.Identity{User: user, Role: keys.Student}, nil
 		}
@@ -103,7 +115,11 @@ func (h *house) logf(format string, args ...any) {
 func (h *house) logged() string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return strings.Join(h.log, "\n")
+	log := strings.Join(h.log, "\n")
+	if h.front != nil { // clients log in there
+		log += h.front.logged()
+	}
+	return log
 }
 
 func newKey(t testing.TB) ssh.Signer {

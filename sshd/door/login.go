@@ -54,8 +54,14 @@ type login struct {
 	done     bool
 }
 
-// whoKey finds the Identity in ssh.Permissions.ExtraData.
-type whoKey struct{}
+// proofKey finds the proof in ssh.Permissions.ExtraData.
+type proofKey struct{}
+
+// A proof is who a client has shown to be, and by which key.
+type proof struct {
+	who keys.Identity
+	key ssh.PublicKey
+}
 
 var (
 	errRefused = errors.New("permission denied")
@@ -100,7 +106,7 @@ func (l *login) offer(key ssh.PublicKey) (*ssh.Permissions, error) {
 	if who.Role == keys.Guest && l.fallback != "" && l.fallback != l.last {
 		return &ssh.Permissions{}, errRefused // it has shown a key already; go on to the next
 	}
-	perms := &ssh.Permissions{ExtraData: map[any]any{whoKey{}: who}}
+	perms := &ssh.Permissions{ExtraData: map[any]any{proofKey{}: proof{who, key}}}
 	if cert, ok := key.(*ssh.Certificate); ok {
 		if where, ok := cert.CriticalOptions["source-address"]; ok {
 			// x/crypto enforces it only if it is handed over (CVE-2026-46595).
@@ -131,10 +137,11 @@ func (l *login) lookUp(key ssh.PublicKey) (who keys.Identity, err error) {
 // verified runs when the client has proved that it holds key. perms are what offer
 // returned for it.
 func (l *login) verified(meta ssh.ConnMetadata, key ssh.PublicKey, perms *ssh.Permissions, _ string) (*ssh.Permissions, error) {
-	who, ok := identity(perms)
+	p, ok := proven(perms)
 	if !ok {
 		return nil, errRefused
 	}
+	who := p.who
 	if who.Role == keys.Guest && l.fallback == "" && turnsItsKeys(meta.ClientVersion()) {
 		l.fallback = ssh.FingerprintSHA256(plain(key))
 		again := func(_ ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) { return l.offer(key) }
@@ -157,13 +164,13 @@ func (l *login) report() {
 	l.logf("authentication failure from %s port %d key %s user %s", l.from.Addr(), l.from.Port(), key, quoted(l.user))
 }
 
-// identity is who perms were made for.
-func identity(perms *ssh.Permissions) (keys.Identity, bool) {
+// proven is what perms were made for.
+func proven(perms *ssh.Permissions) (proof, bool) {
 	if perms == nil {
-		return keys.Identity{}, false
+		return proof{}, false
 	}
-	who, ok := perms.ExtraData[whoKey{}].(keys.Identity)
-	return who, ok
+	p, ok := perms.ExtraData[proofKey{}].(proof)
+	return p, ok
 }
 
 // turnsItsKeys says that the client, on partial success, offers its keys again with

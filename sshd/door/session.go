@@ -43,6 +43,8 @@ type Session struct {
 	Shell   bool           // no command was given
 
 	conn    *conn
+	carried *carried // nil for a client of this door
+	over    context.CancelCauseFunc
 	ch      ssh.Channel
 	out     stream
 	err     stream
@@ -69,6 +71,7 @@ func (p PTY) Size() (columns, rows int) {
 
 func newSession(c *conn, who keys.Identity, ch ssh.Channel) *Session {
 	s := &Session{
+		over:    func(error) {},
 		ID:      strconv.FormatUint(c.srv.sessions.Add(1), 10),
 		Who:     who,
 		From:    c.from,
@@ -155,6 +158,7 @@ func (s *Session) Stderr() io.Writer { return &s.err }
 func (s *Session) run(requests <-chan *ssh.Request) {
 	ctx, cancel := context.WithCancelCause(s.conn.ctx) // of this channel: defect f
 	defer cancel(nil)
+	defer s.conn.carry(s, cancel)()
 	waiting := time.AfterFunc(requestLimit, func() { s.ch.Close(); s.conn.idleAgain() })
 	var over chan struct{} // the handler's end
 	for r := range requests {
@@ -180,7 +184,7 @@ func (s *Session) run(requests <-chan *ssh.Request) {
 	case <-over:
 		s.conn.noticed()
 	default:
-		cancel(s.conn.whyClosed())
+		cancel(s.whyClosed())
 		<-over
 	}
 }
@@ -189,6 +193,8 @@ func (s *Session) run(requests <-chan *ssh.Request) {
 // subsystems and all that is unknown are refused (defect m).
 func (s *Session) prepare(r *ssh.Request, started bool) bool {
 	switch r.Type {
+	case leftRequest:
+		return s.carried != nil && s.carried.left(s, r.Payload)
 	case "window-change":
 		return s.resize(r.Payload)
 	case "signal":

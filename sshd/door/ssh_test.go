@@ -69,7 +69,9 @@ func TestGuestsWithSSH(t *testing.T) {
 	}})
 	u := h.user(t)
 	student, pub := u.key(t, "student", "-t", "ed25519")
+	h.mu.Lock()
 	h.ada = publicOnly{pub}
+	h.mu.Unlock()
 	var strangers []string
 	for i := range 8 {
 		path, _ := u.key(t, fmt.Sprint("stranger", i), "-t", "ed25519")
