@@ -36,16 +36,16 @@ type site struct {
 
 // newSite starts a server without runners. Its people are admin, sam (staff), ada
 // and bob (students in teams of their own) and guest, whom nobody enrolled.
-func newSite(t *testing.T, prepare ...func(dir string)) *site {
+func newSite(t *testing.T, prepare ...func(*Config)) *site {
 	t.Helper()
-	dir := t.TempDir()
-	for _, fn := range prepare {
-		fn(dir)
-	}
-	srv, err := New(t.Context(), Config{Dir: dir, HostKeys: []ssh.Signer{newSigner(t)}, Store: store.NewMemory(),
+	c := Config{Dir: t.TempDir(), HostKeys: []ssh.Signer{newSigner(t)}, Store: store.NewMemory(),
 		Policy: queue.DefaultPolicy(), Pools: []string{"rai_amd64"}, Guests: true, Log: log.New(io.Discard),
 		Limits: map[keys.Role]Limits{keys.Student: {Limits: job.Limits{Time: time.Hour, Output: 1 << 20},
-			Upload: 1 << 20, Unpacked: 1 << 22, Entries: 1000}}})
+			Upload: 1 << 20, Unpacked: 1 << 22, Entries: 1000}}}
+	for _, fn := range prepare {
+		fn(&c)
+	}
+	srv, err := New(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func newSite(t *testing.T, prepare ...func(dir string)) *site {
 		{User: "ada", Role: keys.Student, Team: "team1"}, {User: "bob", Role: keys.Student, Team: "team2"}, {User: "gpu1", Role: keys.Runner}} {
 		s.keys[p.User] = newSigner(t)
 		p.Key, p.Email = publicLine(s.keys[p.User]), p.User+"@example.edu"
-		if _, _, err := srv.Enrol(t.Context(), p, "test", false); err != nil {
+		if _, _, err := srv.Enrol(t.Context(), p, "test"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -156,9 +156,21 @@ func TestErrorsAreCleanForTerminals(t *testing.T) {
 // counted as the runner's fault, three times.
 func TestMemoryHasAFloor(t *testing.T) {
 	s := newSite(t)
+	archive := buildTar(t, "rai: {version: 0.2}\nresources: {limits: {memory: 1}}\ncommands: {build: [\"true\"]}\n")
+	out, stderr, status := s.say(t, "ada", "submit --detach", archive)
+	if status != 0 {
+		t.Fatalf("submit = %d, %q, %q, want 0", status, out, stderr)
+	}
+	if got := s.brain.Unfinished()[0].Spec.Limits.Memory; got != leastMemory {
+		t.Errorf("memory limit = %d, want %d", got, leastMemory)
+	}
+}
+
+// buildTar makes an upload of one build file.
+func buildTar(t *testing.T, text string) io.Reader {
+	t.Helper()
 	var archive bytes.Buffer
 	tw := tar.NewWriter(&archive)
-	text := "rai: {version: 0.2}\nresources: {limits: {memory: 1}}\ncommands: {build: [\"true\"]}\n"
 	if err := tw.WriteHeader(&tar.Header{Name: job.BuildFileName, Mode: 0o644, Size: int64(len(text))}); err != nil {
 		t.Fatal(err)
 	}
@@ -168,11 +180,5 @@ func TestMemoryHasAFloor(t *testing.T) {
 	if err := tw.Close(); err != nil {
 		t.Fatal(err)
 	}
-	out, stderr, status := s.say(t, "ada", "submit --detach", &archive)
-	if status != 0 {
-		t.Fatalf("submit = %d, %q, %q, want 0", status, out, stderr)
-	}
-	if got := s.brain.Unfinished()[0].Spec.Limits.Memory; got != leastMemory {
-		t.Errorf("memory limit = %d, want %d", got, leastMemory)
-	}
+	return &archive
 }

@@ -79,18 +79,42 @@ func runLogs(ctx context.Context, c *call) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	c.s.settle(&rec)
-	feed := c.s.spools.Follow(rec.ID)
+	open := c.s.spools.Follow
 	if !c.on("follow") {
-		feed = c.s.spools.Replay(rec.ID)
+		open = c.s.spools.Replay
+	}
+	feed, err := c.feed(ctx, &rec, open)
+	if err != nil {
+		return 0, err
 	}
 	defer feed.Close()
 	if lines >= 0 {
 		if err := feed.Tail(ctx, lines); err != nil {
-			return 0, err
+			return 0, c.gone(ctx, rec.ID, err)
 		}
 	}
 	return 0, (&follower{call: c, id: rec.ID}).print(ctx, feed)
+}
+
+// feed opens the output of a job. That of a finished one may go at any moment: it is
+// looked at again once it is open, since from then on a removal shows in what is read.
+func (c *call) feed(ctx context.Context, rec *job.Record, open func(id int64) *stream.Follower) (*stream.Follower, error) {
+	if err := expired(rec); err != nil {
+		return nil, err
+	}
+	if err := c.s.fetchLog(ctx, rec); err != nil {
+		return nil, c.gone(ctx, rec.ID, err)
+	}
+	feed := open(rec.ID)
+	c.s.settle(rec) // while it is open: its end is remembered, though the disk be too full to note it
+	if !rec.State.Final() {
+		return feed, nil
+	}
+	if err := c.kept(ctx, rec.ID); err != nil {
+		feed.Close()
+		return nil, err
+	}
+	return feed, nil
 }
 
 // settle tells the spools about a job that ended before this process began.
@@ -116,10 +140,12 @@ func (f *follower) run(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, f.leave(ctx, err)
 	}
-	f.s.settle(&rec)
-	wg.Go(func() { f.watch(watching, rec) })
-	feed := f.s.spools.Follow(f.id)
+	feed, err := f.feed(ctx, &rec, f.s.spools.Follow)
+	if err != nil {
+		return 0, f.leave(ctx, err)
+	}
 	defer feed.Close()
+	wg.Go(func() { f.watch(watching, rec) })
 	if err := f.print(ctx, feed); err != nil {
 		return 0, f.leave(ctx, err)
 	}
@@ -130,7 +156,7 @@ func (f *follower) run(ctx context.Context) (int, error) {
 
 // await says where a queued job stands until it is not queued any more.
 func (f *follower) await(ctx context.Context) (job.Record, error) {
-	last := 0
+	var last standing
 	for {
 		bell, moved := f.s.brain.Bell(f.id), f.s.brain.Moved()
 		rec, err := f.s.brain.Job(ctx, f.id)
@@ -140,13 +166,27 @@ func (f *follower) await(ctx context.Context) (job.Record, error) {
 			}
 			return rec, err
 		}
-		if last, err = f.position(ctx, &rec, last); err != nil {
+		if err := f.position(ctx, &rec, &last); err != nil {
 			return rec, err
 		}
 		if err := f.pause(ctx, bell, moved); err != nil {
 			return rec, err
 		}
 	}
+}
+
+// A standing is what was last said of a queued job.
+type standing struct {
+	position int
+	late     time.Duration // it would start after so long at the latest
+	at       time.Time
+}
+
+// news reports whether it is worth another line: the place is another, or the job starts
+// earlier or later than was to be expected by a quarter, and half a minute at least.
+func (s standing) news(now standing) bool {
+	expected := s.late - now.at.Sub(s.at)
+	return now.position != s.position || (now.late-expected).Abs() > max(30*time.Second, expected.Abs()/4)
 }
 
 // positionEvery is the least time between two lines about a place in the queue.
@@ -172,22 +212,26 @@ func (f *follower) pause(ctx context.Context, bell, moved <-chan struct{}) error
 	}
 }
 
-// position says a place in the queue when it has changed.
-func (f *follower) position(ctx context.Context, rec *job.Record, last int) (int, error) {
+// position says a place in the queue, and when the job starts, when that is news.
+func (f *follower) position(ctx context.Context, rec *job.Record, last *standing) error {
 	why, err := f.s.reason(ctx, rec)
-	if err != nil || why.Position == 0 || why.Position == last {
-		return last, err
+	now := standing{why.Position, time.Duration(why.LateS) * time.Second, time.Now()}
+	if err != nil || why.Position == 0 || !last.news(now) {
+		return err
 	}
+	first := last.position == 0
+	*last = now
 	f.event(event{Event: "position", Position: why.Position, EarlyS: why.EarlyS, LateS: why.LateS})
-	if !f.jsonOut() {
-		f.say("%s", why.line())
-		if last == 0 && (why.Runners == 0 || len(why.HeldBy) > 0) {
-			for _, line := range why.Words[1:] {
-				f.say("%s", line)
-			}
+	if f.jsonOut() {
+		return nil
+	}
+	f.say("%s", why.line())
+	if first && (why.Runners == 0 || len(why.HeldBy) > 0) {
+		for _, line := range why.Words[1:] {
+			f.say("%s", line)
 		}
 	}
-	return why.Position, nil
+	return nil
 }
 
 func (f *follower) started(rec *job.Record) {
@@ -226,8 +270,12 @@ func (f *follower) changed(was, rec *job.Record) {
 	case rec.State == job.Cancelling:
 		f.say("cancelling job %d", rec.ID)
 	}
-	if rec.Attempt != was.Attempt && !rec.State.Final() {
+	switch {
+	case rec.State.Final() || rec.State == job.Queued:
+	case rec.Attempt != was.Attempt:
 		f.started(rec)
+	case was.State == job.Queued && !f.jsonOut():
+		f.say("runner %s is back; the job goes on", clean(rec.Runner))
 	}
 }
 
@@ -239,7 +287,7 @@ func (f *follower) print(ctx context.Context, feed *stream.Follower) error {
 			return nil
 		}
 		if err != nil {
-			return err
+			return f.gone(ctx, f.id, err)
 		}
 		if err := f.chunk(c); err != nil {
 			return err

@@ -38,22 +38,24 @@ func (c *call) job(ctx context.Context, word string) (job.Record, error) {
 		err = queue.ErrNoJob
 	}
 	if errors.Is(err, queue.ErrNoJob) {
-		return job.Record{}, failf(job.ExitInput, "", "no job %d", id)
+		return job.Record{}, noJob(id)
 	}
 	return rec, err
 }
+
+func noJob(id int64) error { return failf(job.ExitInput, "", "no job %d", id) }
 
 // recent returns the caller's jobs (staff: everybody's), newest first, at most n,
 // unfinished ones included. user narrows it to one person.
 func (c *call) recent(ctx context.Context, user string, n int) ([]job.Record, error) {
 	var all []job.Record
 	for _, rec := range c.s.brain.Unfinished() {
-		if c.mine(&rec) && (user == "" || rec.User == user) {
-			all = append(all, rec)
+		if c.mine(rec) && (user == "" || rec.User == user) {
+			all = append(all, *rec)
 		}
 	}
 	for _, list := range c.lists(user) {
-		past, err := c.s.brain.Past(ctx, list, 0, n)
+		past, err := c.s.past(ctx, list, n)
 		if err != nil {
 			return nil, err
 		}
@@ -65,6 +67,24 @@ func (c *call) recent(ctx context.Context, user string, n int) ([]job.Record, er
 	})
 	all = slices.CompactFunc(all, func(a, b job.Record) bool { return a.ID == b.ID })
 	return all[:min(n, len(all))], nil
+}
+
+// pastPage is how many finished jobs are read at a time: each may hold all its commands.
+const pastPage = 200
+
+// past returns at most n finished jobs of a list, newest first, without their orders.
+func (s *Server) past(ctx context.Context, list string, n int) (all []job.Record, err error) {
+	for before := int64(0); len(all) < n; before = all[len(all)-1].ID {
+		recs, err := s.brain.Past(ctx, list, before, min(n-len(all), pastPage))
+		if err != nil || len(recs) == 0 {
+			return all, err
+		}
+		for _, rec := range recs {
+			rec.Spec, rec.Steps = job.Spec{}, nil
+			all = append(all, rec)
+		}
+	}
+	return all, nil
 }
 
 // lists names where the caller's finished jobs stand.
@@ -170,8 +190,17 @@ func (c *call) describeJob(rec *job.Record) error {
 		t.add("took", fmt.Sprintf("%s waiting, %s preparing, %s running, %s collecting",
 			ms(rec.QueueWaitMS), ms(rec.PrepareMS), ms(rec.RunMS), ms(rec.CollectMS)))
 	}
+	if rec.ImageDigest != "" {
+		t.add("image", clean(rec.Image)+"  "+rec.ImageDigest)
+	}
+	if rec.GPU != "" {
+		t.add("gpu", gpuWords(rec))
+	}
 	if rec.SourceSHA256 != "" {
 		t.add("source", "sha256 "+rec.SourceSHA256)
+	}
+	if !rec.Expired.IsZero() {
+		t.add("files", "removed "+rec.Expired.String())
 	}
 	for _, st := range rec.Steps {
 		t.add(fmt.Sprintf("step %d", st.N), fmt.Sprintf("exit %d in %s  %s", st.Exit, ms(st.WallMS), oneLine(st.Line)))
@@ -180,6 +209,18 @@ func (c *call) describeJob(rec *job.Record) error {
 		t.add("limits", rec.Weakness)
 	}
 	return t.print(c)
+}
+
+// gpuWords is what a job had, so that two times can be compared.
+func gpuWords(rec *job.Record) string {
+	s := rec.GPU
+	if rec.GPUMemoryMB > 0 {
+		s += fmt.Sprintf(", %d MiB", rec.GPUMemoryMB)
+	}
+	if rec.GPUDriver != "" {
+		s += ", driver " + rec.GPUDriver
+	}
+	return s + "  " + rec.GPUUUID
 }
 
 // A place is a job's place in its pool, as queue and why tell it.
@@ -191,24 +232,44 @@ type place struct {
 	*job.Job        // nil for strangers' jobs
 }
 
+// inLine returns what runs, oldest first, and then what waits, pool by pool in the order
+// it starts.
+func (s *Server) inLine(ctx context.Context) (all []job.Record, err error) {
+	var ids []int64
+	for _, pool := range s.Pools {
+		line, _, err := s.waiting(ctx, pool, nobody)
+		if err != nil {
+			return nil, err
+		}
+		for i := range line {
+			ids = append(ids, line[i].Job)
+		}
+	}
+	queued := map[int64]*job.Record{}
+	for _, rec := range s.brain.Unfinished() { // later than the lines: what left them since is not told twice
+		if rec.State == job.Queued {
+			queued[rec.ID] = rec
+		} else {
+			all = append(all, *rec)
+		}
+	}
+	slices.SortFunc(all, func(a, b job.Record) int { return cmp.Compare(a.ID, b.ID) })
+	for _, id := range ids {
+		if rec, ok := queued[id]; ok {
+			all = append(all, *rec)
+		}
+	}
+	return all, nil
+}
+
 func runQueue(ctx context.Context, c *call) (int, error) {
-	var running, waiting []job.Record
-	err := c.s.brain.View(ctx, func(q *queue.Core) {
-		for _, rec := range q.Jobs() {
-			if rec.State != job.Queued {
-				running = append(running, rec)
-			}
-		}
-		for _, pool := range c.s.Pools {
-			waiting = append(waiting, q.Order(pool)...)
-		}
-	})
+	all, err := c.s.inLine(ctx)
 	if err != nil {
 		return 0, err
 	}
 	t := newGrid("POS", "JOB", "STATE", "WHO", "POOL", "AGE")
 	pos := map[string]int{}
-	for _, rec := range append(running, waiting...) {
+	for _, rec := range all {
 		p := place{Alias: c.s.alias(rec.Tenant()), State: string(rec.State), AgeS: int64(time.Since(rec.QueuedAt.Time).Seconds())}
 		who, id, at := p.Alias, "", "-"
 		if c.mine(&rec) {
@@ -231,7 +292,7 @@ func runQueue(ctx context.Context, c *call) (int, error) {
 	if c.json() {
 		return 0, nil
 	}
-	if len(running)+len(waiting) == 0 {
+	if len(all) == 0 {
 		_, err := fmt.Fprintln(c, "nothing runs and nothing waits")
 		return 0, err
 	}
@@ -249,12 +310,13 @@ func runRunners(ctx context.Context, c *call) (int, error) {
 			if err := c.emit(struct {
 				queue.Runner
 				State string `json:"state"`
-			}{r, runnerState(&r)}); err != nil {
+				Sick  string `json:"sick,omitempty"`
+			}{r, runnerState(&r), r.Sick}); err != nil {
 				return 0, err
 			}
 			continue
 		}
-		t.add(r.Name, runnerState(&r), join(r.Pools), r.Engine, r.Arch, join(r.GPUs))
+		t.add(r.Name, stateWords(&r), join(r.Pools), r.Engine, r.Arch, join(r.GPUs))
 	}
 	if c.json() {
 		return 0, nil
@@ -272,12 +334,22 @@ func runnerState(r *queue.Runner) string {
 		return "away"
 	case r.Job != 0:
 		return "busy"
+	case r.Sick != "":
+		return "sick"
 	case r.Draining || r.Drained:
 		return "draining"
 	case r.Idle:
 		return "idle"
 	}
 	return "starting"
+}
+
+// stateWords is the state and what is wrong.
+func stateWords(r *queue.Runner) string {
+	if s := runnerState(r); s != "sick" {
+		return s
+	}
+	return "sick: " + clean(r.Sick)
 }
 
 func runCancel(ctx context.Context, c *call) (int, error) {
@@ -332,13 +404,19 @@ func runOutput(ctx context.Context, c *call) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if _, tty := c.PTY(); tty {
+	if _, tty := c.PTY(); tty && !c.on("link") {
 		return 0, failf(job.ExitUsage, fmt.Sprintf("try: ssh … output %d > build.tar", rec.ID), "a terminal cannot take a tar")
 	}
 	if rec.Archive == "" {
 		return 0, failf(job.ExitInput, "", "%s", noArchive(&rec))
 	}
-	f, err := c.s.blobs.Open(blob.Key(rec.Archive))
+	if c.on("link") {
+		if len(c.args) > 1 {
+			return 0, failf(job.ExitUsage, "a link gives all of it", "output: --link and a path do not go together")
+		}
+		return 0, c.link(ctx, &rec, rec.Archive, "build")
+	}
+	f, err := c.blob(ctx, &rec, rec.Archive)
 	if err != nil {
 		return 0, err
 	}
@@ -370,18 +448,33 @@ func runSource(ctx context.Context, c *call) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if _, tty := c.PTY(); tty {
+	if _, tty := c.PTY(); tty && !c.on("link") {
 		return 0, failf(job.ExitUsage, fmt.Sprintf("try: ssh … source %d > project.tar", rec.ID), "a terminal cannot take a tar")
 	}
 	if rec.Source == "" {
 		return 0, failf(job.ExitInput, "", "job %d was submitted without files", rec.ID)
 	}
-	f, err := c.s.blobs.Open(blob.Key(rec.Source))
+	if c.on("link") {
+		return 0, c.link(ctx, &rec, rec.Source, "source")
+	}
+	f, err := c.blob(ctx, &rec, rec.Source)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
 	return 0, c.send(f)
+}
+
+// blob opens a file of a job's. What was opened stays whole though it be removed.
+func (c *call) blob(ctx context.Context, rec *job.Record, key string) (blob.File, error) {
+	if err := expired(rec); err != nil {
+		return nil, err
+	}
+	f, err := c.s.blobs.Open(ctx, blob.Key(key))
+	if errors.Is(err, blob.ErrNotFound) {
+		err = c.gone(ctx, rec.ID, err)
+	}
+	return f, err
 }
 
 // send copies a stored file out in full packets.

@@ -56,7 +56,7 @@ func runGreeting(ctx context.Context, c *call) (int, error) {
 	}
 	mine, running, waiting := 0, 0, 0
 	for _, rec := range c.s.brain.Unfinished() {
-		if c.mine(&rec) {
+		if c.mine(rec) {
 			mine++
 		}
 		if rec.State == job.Queued {
@@ -66,6 +66,7 @@ func runGreeting(ctx context.Context, c *call) (int, error) {
 		}
 	}
 	fmt.Fprintf(c, " %s\n\n", bustle(running, waiting, mine))
+	c.greetDisk()
 	fmt.Fprint(c, "  tar cf - . | ssh rai@host submit       run this folder\n"+
 		"  ssh rai@host status                    your jobs\n"+
 		"  ssh rai@host help                      everything else\n")
@@ -112,12 +113,46 @@ func runAdmin(ctx context.Context, c *call) (int, error) {
 	switch {
 	case verb == "enroll" && len(rest) == 0:
 		return runEnroll(ctx, c)
+	case verb == "disk" && len(rest) == 0:
+		return runDisk(ctx, c)
+	case verb == "raids" && len(rest) == 0:
+		return runRaids(ctx, c)
+	case verb == "mirror" && len(rest) == 0:
+		return runMirror(ctx, c)
 	case (verb == "pause" || verb == "resume") && len(rest) == 1:
 		return runPause(ctx, c, rest[0], verb == "pause")
 	case (verb == "drain" || verb == "undrain") && len(rest) == 1:
 		return runDrain(ctx, c, rest[0], verb == "drain")
 	}
 	return 0, failf(job.ExitUsage, "usage: ssh … admin "+c.cmd.usage, "no command admin %s with %s", quote(verb), count(len(rest), "word"))
+}
+
+// runRaids lists the raids of the deployment.
+func runRaids(ctx context.Context, c *call) (int, error) {
+	if c.s.Raids == nil {
+		return 0, failf(job.ExitInput, "several can share a Redis: [queue] store = \"redis://…\"", "this is the only raid")
+	}
+	all, err := c.s.Raids(ctx)
+	if err != nil {
+		return 0, err
+	}
+	t := newGrid("RAID", "")
+	for _, r := range all {
+		role := "door"
+		if r.Leads {
+			role = "leads"
+		}
+		t.add(r.Addr, role)
+		if c.json() {
+			if err := c.emit(r); err != nil {
+				return 0, err
+			}
+		}
+	}
+	if c.json() {
+		return 0, nil
+	}
+	return 0, t.print(c)
 }
 
 // runPause lets nothing start in a pool, or lifts that; what runs goes on.
@@ -187,7 +222,7 @@ func (c *call) enroll(ctx context.Context, line []byte) (enrolled, error) {
 	}
 	e.User = strings.ToLower(strings.TrimSpace(e.User)) // as the book will
 	_, known := c.s.book.User(e.User)
-	u, k, err := c.s.enrol(ctx, e, c.Who.User, c.Who.Role, false)
+	u, k, err := c.s.enrol(ctx, e, c.Who.User, c.Who.Role)
 	var no *keys.RefusedError
 	if errors.As(err, &no) {
 		return enrolled{User: e.User, Error: no.Why, Hint: no.Hint}, nil

@@ -2,6 +2,7 @@ package sshd
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -13,11 +14,13 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/runner/job/spool"
 	"github.com/rai-project/raid/runner/job/tree"
 	"github.com/rai-project/raid/sshd/blob"
+	"github.com/rai-project/raid/sshd/brain"
 	"github.com/rai-project/raid/sshd/queue"
 	"github.com/rai-project/raid/sshd/stream"
 )
@@ -49,8 +52,8 @@ func runJoin(ctx context.Context, c *call) (int, error) {
 			"runner speaks protocol %d, raid speaks %d", h.Protocol, job.Protocol)
 	}
 	link, err := c.s.brain.Join(ctx, queue.Runner{ID: c.Who.Fingerprint, Name: clean(h.Name), Pools: h.Pools,
-		Engine: h.Engine, Arch: h.Arch, GPUs: h.GPUs, GPUMemoryMB: h.GPUMemoryMB,
-		Express: h.Express, Weakness: h.Weakness}, h.Held)
+		Engine: h.Engine, Arch: h.Arch, GPUs: h.GPUs, GPUArch: h.GPUArch, GPUMemoryMB: h.GPUMemoryMB,
+		Images: h.Images, Builds: h.Builds, Express: h.Express, Weakness: h.Weakness}, h.Held)
 	if err != nil {
 		return 0, err
 	}
@@ -61,7 +64,8 @@ func runJoin(ctx context.Context, c *call) (int, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	answers := make(chan job.Call)
-	go func() { cancel(c.beats(ctx, lines, link.Beat, answers)) }() // ends with stdin, which door closes after us
+	beat := c.watchful(h.Name, link.Beat)
+	go func() { cancel(c.beats(ctx, lines, beat, answers)) }() // ends with stdin, which door closes after us
 	out := json.NewEncoder(c)
 	for {
 		var call job.Call
@@ -75,9 +79,33 @@ func runJoin(ctx context.Context, c *call) (int, error) {
 			}
 		case call = <-answers:
 		}
+		if call.Offer != nil { // a copy: the queue's own stays sealed
+			o := *call.Offer
+			if call.Offer = &o; c.s.unseal(&o) != nil {
+				c.s.Log.Error("the credentials of a push cannot be decrypted", "job", o.Job)
+			}
+		}
 		if err := out.Encode(call); err != nil {
 			return 0, err
 		}
+	}
+}
+
+// watchful passes beats on and has the log tell when a runner falls ill or is well again.
+func (c *call) watchful(name string, beat func(context.Context, job.Beat) error) func(context.Context, job.Beat) error {
+	sick := ""
+	return func(ctx context.Context, b job.Beat) error {
+		if err := beat(ctx, b); err != nil {
+			return err
+		}
+		switch {
+		case b.Sick != "" && b.Sick != sick:
+			c.s.Log.Warn("runner is sick and takes no job", "runner", name, "why", clean(b.Sick))
+		case b.Sick == "" && sick != "":
+			c.s.Log.Info("runner is well again", "runner", name)
+		}
+		sick = b.Sick
+		return nil
 	}
 }
 
@@ -131,12 +159,12 @@ func (c *call) lease() (job.Lease, job.Record, error) {
 var errStale error = &failure{code: job.ExitRefused, text: "stale fence"}
 
 // runRunnerSource sends the checked tar of a leased job.
-func runRunnerSource(_ context.Context, c *call) (int, error) {
+func runRunnerSource(ctx context.Context, c *call) (int, error) {
 	_, rec, err := c.lease()
 	if err != nil {
 		return 0, err
 	}
-	f, err := c.s.blobs.Open(blob.Key(rec.Source))
+	f, err := c.s.blobs.Open(ctx, blob.Key(rec.Source))
 	if err != nil {
 		return 0, err
 	}
@@ -158,6 +186,7 @@ type reception struct {
 	shared   bool // the log's files are the runner's
 	archive  *os.File
 	archived int64
+	heard    time.Time // when the queue was last told that the runner is there
 }
 
 // An intake is what all sessions of one attempt share. A runner opens a new one while
@@ -213,7 +242,9 @@ func runAttempt(ctx context.Context, c *call) (int, error) {
 	in, done := c.s.intake(l)
 	defer done()
 	r := &reception{call: c, lease: l, rec: rec, in: in}
-	err = r.take(ctx)
+	if err = r.hear(ctx); err == nil {
+		err = r.take(ctx)
+	}
 	switch {
 	case errors.Is(err, errOvertaken):
 		return 0, err
@@ -301,7 +332,7 @@ func (r *reception) take(ctx context.Context) error {
 	if _, err := fmt.Fprintf(r, "%s %d\n", word, have); err != nil {
 		return err
 	}
-	res, err := r.frames()
+	res, err := r.frames(ctx)
 	if err != nil {
 		return err
 	}
@@ -324,11 +355,32 @@ func (r *reception) have() (int64, error) {
 	return r.log.Size() + r.archived, err
 }
 
+// hearEvery is how often output counts as a word from the runner.
+const hearEvery = 5 * time.Second
+
+// hear tells the queue that the runner is there, for one whose heartbeats are lost is
+// not lost itself while its output comes. The error is that of a lease that is over.
+func (r *reception) hear(ctx context.Context) error {
+	rec, ok := r.s.brain.Holds(r.Who.Fingerprint, r.lease)
+	if !ok {
+		return errStale
+	}
+	if rec.State != job.Queued && time.Since(r.heard) < hearEvery {
+		return nil
+	}
+	r.heard = time.Now()
+	_, err := r.s.brain.Do(ctx, queue.Claim{Runner: r.Who.Fingerprint, Lease: r.lease})
+	if rec.State != job.Queued && errors.Is(err, brain.ErrUnavailable) {
+		return nil
+	}
+	return err
+}
+
 // ackEvery is how many bytes are taken between two acknowledgements.
 const ackEvery = 1 << 20
 
 // frames takes frames until the result.
-func (r *reception) frames() (res job.Result, err error) {
+func (r *reception) frames(ctx context.Context) (res job.Result, err error) {
 	in := job.NewSplitter(r)
 	var acked, got int64
 	for {
@@ -336,8 +388,8 @@ func (r *reception) frames() (res job.Result, err error) {
 		if err != nil {
 			return res, err
 		}
-		if _, ok := r.s.brain.Holds(r.Who.Fingerprint, r.lease); !ok {
-			return res, errStale
+		if err := r.hear(ctx); err != nil {
+			return res, err
 		}
 		if run.Kind == job.Final {
 			return res, json.Unmarshal(run.Payload, &res)
@@ -385,7 +437,11 @@ func (r *reception) beside(run job.Run) error {
 	return fmt.Errorf("%w: kind %q from a runner", job.ErrFrame, byte(run.Kind))
 }
 
-// finish makes output and archive durable, then commits the result.
+// finish makes output and archive durable, then commits the result. Where blobs are
+// shared and their store is down, that fails: the runner keeps everything and comes again
+// until it works. To commit without them and bring them later would have the runner
+// forget what then only this machine has, and no job that waits could get its source
+// anyway.
 func (r *reception) finish(ctx context.Context, res job.Result) error {
 	if err := r.log.Seal(); err != nil {
 		return err
@@ -394,13 +450,29 @@ func (r *reception) finish(ctx context.Context, res job.Result) error {
 		r.s.Log.Error("a runner's result makes no sense", "job", r.rec.ID, "runner", r.rec.Runner, "why", why)
 		res = job.Result{Reason: job.ReasonInfra, Exit: job.ExitInfra, Note: "the runner sent a result that makes no sense"}
 	}
-	key, err := r.keep(&res)
-	if err != nil {
+	defer r.s.janitor.Arrive()()
+	end := queue.Finish{Runner: r.Who.Fingerprint, Lease: r.lease}
+	if err := r.keepAll(ctx, &res, &end); err != nil {
 		return err
 	}
-	_, err = r.s.brain.Do(context.WithoutCancel(ctx), queue.Finish{
-		Runner: r.Who.Fingerprint, Lease: r.lease, Result: res, Archive: string(key)})
+	end.Result = res
+	r.s.janitor.Check()
+	_, err := r.s.brain.Do(context.WithoutCancel(ctx), end)
 	return err // [Server.changed] ends the output
+}
+
+// keepAll keeps /build and, where it is to be, the output, at once: each may have to go a
+// long way.
+func (r *reception) keepAll(ctx context.Context, res *job.Result, end *queue.Finish) error {
+	var logErr error
+	var wg sync.WaitGroup
+	if res.Reason != job.ReasonInfra { // else there will be more of it
+		wg.Go(func() { end.Log, end.LogBytes, logErr = r.s.packLog(ctx, r.rec.ID) })
+	}
+	key, err := r.keep(ctx, res)
+	wg.Wait()
+	end.Archive = string(key)
+	return cmp.Or(err, logErr) // one is as good a reason as both
 }
 
 // nonsense says what is wrong with a result, "" for nothing. It is shown to people and
@@ -422,16 +494,20 @@ func nonsense(res *job.Result) string {
 }
 
 // keep checks /build as if a student had sent it, because one did, and stores it.
-func (r *reception) keep(res *job.Result) (blob.Key, error) {
+func (r *reception) keep(ctx context.Context, res *job.Result) (key blob.Key, err error) {
 	path := r.s.incoming(r.lease)
-	defer os.Remove(path) // gone already when it was adopted
+	defer func() {
+		if err == nil { // else it is here when the runner comes again
+			os.Remove(path) // gone already when it was adopted
+		}
+	}()
 	if fi, err := r.archive.Stat(); err != nil || fi.Size() == 0 || res.Reason == job.ReasonInfra {
 		return "", err
 	}
 	if _, err := r.archive.Seek(0, io.SeekStart); err != nil {
 		return "", err
 	}
-	_, err := tree.Check(r.archive, "", tree.Limits{})
+	_, err = tree.Check(r.archive, "", tree.Limits{})
 	var no *tree.RefusedError
 	if errors.As(err, &no) {
 		res.Note = "/build did not come back: " + no.Error()
@@ -440,6 +516,6 @@ func (r *reception) keep(res *job.Result) (blob.Key, error) {
 	if err != nil {
 		return "", err
 	}
-	key, _, err := r.s.blobs.Adopt(path, 0)
+	key, _, err = r.s.blobs.Adopt(ctx, path, 0)
 	return key, err
 }

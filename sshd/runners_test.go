@@ -3,17 +3,24 @@ package sshd
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/charmbracelet/log"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/queue"
+	"github.com/rai-project/raid/sshd/store"
 )
 
 // These tests are runners that lie, die and come twice.
@@ -295,8 +302,12 @@ func TestResultsThatMakeNoSense(t *testing.T) {
 // A store that begins again gives numbers that had output once. The new job is not
 // hurt by it, and shows nothing of it.
 func TestNumbersThatBeginAgain(t *testing.T) {
-	s := newSite(t, func(dir string) {
-		old := filepath.Join(dir, "spool", "1", "1")
+	s := newSite(t, func(c *Config) {
+		backup := queue.Write{Row: queue.Row{Table: queue.TableMeta, Key: "core", Value: []byte(`{"next":2}`)}}
+		if _, err := c.Store.Commit(t.Context(), 0, []queue.Write{backup}); err != nil {
+			t.Fatal(err)
+		}
+		old := filepath.Join(c.Dir, "spool", "2", "1")
 		if err := os.MkdirAll(old, 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -319,6 +330,22 @@ func TestNumbersThatBeginAgain(t *testing.T) {
 }
 
 // Only the key that holds a lease, with its fence, comes to a job.
+// TestLostStore: output without a single job in the store is not rubbish.
+func TestLostStore(t *testing.T) {
+	dir := t.TempDir()
+	old := filepath.Join(dir, "spool", "1", "1")
+	if err := os.MkdirAll(old, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	c := Config{Dir: dir, HostKeys: []ssh.Signer{newSigner(t)}, Store: store.NewMemory(), Pools: []string{"p"}, Log: log.New(io.Discard)}
+	if _, err := New(t.Context(), c); !errors.Is(err, ErrLostStore) {
+		t.Errorf("New = %v, want ErrLostStore", err)
+	}
+	if _, err := os.Stat(old); err != nil {
+		t.Errorf("the output is gone: %v", err)
+	}
+}
+
 func TestFences(t *testing.T) {
 	s := newSite(t)
 	submitted := s.follow(t, "submit -- true")
@@ -350,5 +377,208 @@ func TestFences(t *testing.T) {
 	p.attempt(l).want("stale")
 	if _, err := os.Stat(s.incoming(l)); err == nil {
 		t.Error("a stale session left a file")
+	}
+}
+
+// TestStaleWrites: of an attempt that is over, of another runner's and of a job that has
+// ended, nothing a runner sends or asks for is taken, and nothing changes by it.
+func TestStaleWrites(t *testing.T) {
+	s := newSite(t)
+	for _, name := range []string{"gpu2", "gpu3"} {
+		s.keys[name] = newSigner(t)
+		if _, _, err := s.Enrol(t.Context(), keys.Enrollment{User: name, Role: keys.Runner, Key: publicLine(s.keys[name])}, "test"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	submitted := s.follow(t, "submit -- true")
+	dead := s.peer(t, "gpu1")
+	_, first := dead.join(nil)
+	dead.attempt(first.Lease).want("have 0")
+	dead.c.Close()
+	p := s.peer(t, "gpu1") // without the lease: it is over, and the job is granted again
+	_, second := p.join(nil)
+	if second.Attempt != 2 || second.Fence <= first.Fence {
+		t.Fatalf("the second offer is %+v after %+v", second.Lease, first.Lease)
+	}
+	other := s.peer(t, "gpu2")
+	k := p.attempt(second.Lease)
+	k.want("have 0")
+	k.send(job.Begun, "")
+	for { // until that has been taken
+		bell := s.brain.Bell(second.Job)
+		if rec, _ := s.brain.Live(second.Job); rec.Begun {
+			break
+		}
+		<-bell
+	}
+	for _, tt := range []struct {
+		name string
+		by   *peer
+		l    job.Lease
+	}{
+		{"an old fence", p, first.Lease},
+		{"a fence that was never given", p, job.Lease{Job: second.Job, Fence: second.Fence + 1}},
+		{"another runner's lease", other, second.Lease},
+		{"another runner's old lease", other, first.Lease},
+		{"a job that does not exist", p, job.Lease{Job: 99, Fence: second.Fence}},
+	} {
+		t.Run(tt.name, func(t *testing.T) { s.refuses(t, tt.by, tt.l) })
+	}
+	k.send(job.Out, "two\n")
+	k.send(job.Sealed, "")
+	k.send(job.Final, `{"reason":"exit","exit":0}`)
+	k.want("done")
+	if out, stderr, status := submitted(); out != "two\n" || status != 0 {
+		t.Errorf("submit = %d, %q, %q, want 0 and two", status, out, stderr)
+	}
+	for name, l := range map[string]job.Lease{"a finished attempt": second.Lease, "an old one of a finished job": first.Lease} {
+		t.Run(name, func(t *testing.T) { s.refuses(t, p, l) })
+	}
+}
+
+// refuses tries everything a runner can do with a lease that is not its own.
+func (s *site) refuses(t *testing.T, p *peer, l job.Lease) {
+	t.Helper()
+	before := s.everything(t)
+	for name, try := range map[string]func() string{
+		"source": func() string {
+			k := p.start(fmt.Sprintf("runner source %d %d", l.Job, l.Fence))
+			return k.line() + exitOf(k)
+		},
+		"attempt": func() string {
+			k := p.attempt(l)
+			return k.line() + exitOf(k)
+		},
+		"attempt that shares files": func() string {
+			k := p.start(fmt.Sprintf("runner attempt %d %d share", l.Job, l.Fence))
+			return k.line() + exitOf(k)
+		},
+		"attempt that does not wait for an answer": func() string {
+			k := p.attempt(l)
+			all := job.AppendFrame(nil, job.Begun, nil)
+			for kind, text := range map[job.Kind]string{job.Out: "stale\n", job.Err: "stale\n", job.Raid: "stale\n"} {
+				all = job.AppendFrame(all, kind, []byte(text))
+			}
+			all = job.AppendFrame(job.AppendFrame(all, job.Sealed, nil), job.File, []byte("stale"))
+			k.w.Write(job.AppendFrame(all, job.Final, []byte(`{"reason":"exit","exit":7}`))) // may find it closed
+			return k.line() + exitOf(k)
+		},
+	} {
+		if got := try(); got != "stale"+errExit && got != errExit {
+			t.Errorf("%s was answered %q, want a refusal", name, got)
+		}
+	}
+	if got := s.everything(t); got != before {
+		t.Errorf("something has changed:\n%s\nwas\n%s", got, before)
+	}
+	s.refusesBeat(t, l)
+	if got := s.everything(t); got != before {
+		t.Errorf("something has changed by a beat or a join:\n%s\nwas\n%s", got, before)
+	}
+}
+
+// errExit is what exitOf says of a refusal.
+var errExit = fmt.Sprintf(" exit %d", job.ExitRefused)
+
+func exitOf(k *talk) string {
+	var exit *ssh.ExitError
+	if err := k.s.Wait(); errors.As(err, &exit) {
+		return fmt.Sprintf(" exit %d", exit.ExitStatus())
+	} else if err != nil {
+		return err.Error()
+	}
+	return " exit 0"
+}
+
+// refusesBeat has a third runner join and beat with the lease: it is told that the lease
+// is stale.
+func (s *site) refusesBeat(t *testing.T, l job.Lease) {
+	t.Helper()
+	for name, held := range map[string][2]*job.Lease{"join": {&l, nil}, "beat": {nil, &l}} {
+		k := s.peer(t, "gpu3").start("runner join")
+		k.say(job.Hello{Protocol: job.Protocol, Name: "x", Held: held[0]})
+		k.say(job.Beat{Held: held[1]})
+		const more = 20 // answers to beats, among which the word about the lease may come
+		for range more {
+			k.say(job.Beat{})
+		}
+		stale := false
+		for beats := 0; !stale && beats < more+1; {
+			var c job.Call
+			if err := json.Unmarshal([]byte(k.line()), &c); err != nil {
+				t.Fatal(err)
+			}
+			if stale = c.Stale != nil && *c.Stale == l; c.Beat {
+				beats++
+			}
+		}
+		if !stale {
+			t.Errorf("a %s with the lease was not told that it is stale", name)
+		}
+		k.s.Close()
+	}
+}
+
+// everything is all that a runner could change: the store's rows but for who is
+// connected, and the files.
+func (s *site) everything(t *testing.T) string {
+	t.Helper()
+	var b strings.Builder
+	_, err := s.Store.Load(t.Context(), []string{queue.TableMeta, queue.TableNode, queue.TableJob, queue.TablePast}, func(r queue.Row) error {
+		fmt.Fprintf(&b, "%s %s %s\n", r.Table, r.Key, r.Value)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{"spool", "incoming", "blobs"} {
+		err := filepath.WalkDir(filepath.Join(s.Dir, dir), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			text, err := os.ReadFile(path)
+			fmt.Fprintf(&b, "%s %q\n", path, text)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b.String()
+}
+
+// TestOutputWithoutStore: while nothing can be saved, the output of a running job comes
+// all the same, on a new session too.
+func TestOutputWithoutStore(t *testing.T) {
+	var full atomic.Bool
+	s := newSite(t, func(c *Config) {
+		c.Store = store.Fault(c.Store, func(c store.Call) store.Failure {
+			if c.Op == store.OpCommit && full.Load() {
+				return store.Unavailable
+			}
+			return store.Works
+		})
+	})
+	follow := s.follow(t, "submit -- true")
+	p := s.peer(t, "gpu1")
+	_, offer := p.join(nil)
+	full.Store(true)
+	defer full.Store(false)
+	if _, stderr, status := s.say(t, "bob", "submit -- true", nil); status != job.ExitTryLater {
+		t.Fatalf("a submit that cannot be saved: %d, %s", status, stderr)
+	}
+	k := p.attempt(offer.Lease)
+	k.want("have 0")
+	k.send(job.Out, "live")
+	bell := s.spools.Follow(offer.Job)
+	defer bell.Close()
+	if c, err := bell.Next(t.Context()); err != nil || string(c.Data) != "live" {
+		t.Fatalf("output = %q, %v", c.Data, err)
+	}
+	full.Store(false)
+	k.send(job.Final, `{"reason":"exit"}`)
+	k.want("done")
+	if _, _, status := follow(); status != 0 {
+		t.Errorf("the job ended with %d", status)
 	}
 }

@@ -1,7 +1,8 @@
 // Package sshd is raid's service: everything a verified SSH session may ask for.
 //
 // A [Server] joins the parts: door (hardened connections), brain (the queue and its
-// store), stream (output), blob (uploads and archives) and keys (who someone is).
+// store), stream (output), blob (uploads and archives), janitor (how long they stay) and
+// keys (who someone is).
 // All it does is offered as commands of one table, to people and runners alike; the
 // help, the access control and the documentation are made from that table.
 //
@@ -24,7 +25,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"time"
 
@@ -36,9 +36,11 @@ import (
 	"github.com/rai-project/raid/sshd/blob"
 	"github.com/rai-project/raid/sshd/brain"
 	"github.com/rai-project/raid/sshd/door"
+	"github.com/rai-project/raid/sshd/janitor"
 	"github.com/rai-project/raid/sshd/queue"
 	"github.com/rai-project/raid/sshd/store"
 	"github.com/rai-project/raid/sshd/stream"
+	"github.com/rai-project/raid/sshd/web"
 )
 
 // Limits are what one submission may use.
@@ -49,22 +51,54 @@ type Limits struct {
 	Entries  int
 	GPUs     int  // most GPUs of one job; 0: as many as a slot has
 	Network  bool // may ask for a network
+
+	BuildImage bool // may have an image built
+	Push       bool // may have it pushed
+}
+
+// Rules are what a pool asks of the jobs in it.
+type Rules struct {
+	Engine     string // only runners that make boxes with it take them; "" for any
+	KeepGoing  bool   // later steps run after one failed, as RAI did
+	StrictArch bool   // the architecture of a GPU in a build file is no wish
 }
 
 // Config says what a server is. Dir, HostKeys, Store, Policy, Pools, Limits and Log
 // are required.
 type Config struct {
 	Dir      string // the state folder; the caller holds its lock and the store in it
+	Stale    bool   // another raid has served since Dir was last used: what is unfinished in it does not count
 	HostKeys []ssh.Signer
 	Store    store.Store
 	Policy   queue.Policy
 	Pools    []string              // the first is the default
+	Rules    map[string]Rules      // of pools that have some
 	Limits   map[keys.Role]Limits  // for each role; keys.Student is everybody else's
 	Guests   bool                  // unknown keys may look around
 	Reserve  float64               // share of the disk that uploads leave free
+	Keep     Keep                  // how long what jobs leave behind stays
+	HTTP     *HTTP                 // nil: raid speaks SSH only
+	Database string                // the store's file, if it is one: its size is told to staff
 	Mirror   *stream.MirrorOptions // nil: no mirror
-	Version  Version
-	Log      *log.Logger
+	// Raids returns the raids of the deployment; nil if this is the only one.
+	Raids   func(context.Context) ([]Raid, error)
+	Version Version
+	Log     *log.Logger
+
+	// OpenBlobs opens where uploads and outputs are. Defaults to the folder "blobs" in Dir.
+	OpenBlobs func(blob.Options) (blob.Store, error)
+}
+
+// HTTP says how links are made. The listener is the caller's: see [Server.ServeHTTP].
+type HTTP struct {
+	Secret []byte // of [web.Secret]
+	Base   string // what URLs begin with
+}
+
+// A Raid is one raid of a deployment.
+type Raid struct {
+	Addr  string `json:"addr"` // where the others reach it
+	Leads bool   `json:"leads"`
 }
 
 // A Version says which raid this is.
@@ -78,20 +112,24 @@ type Version struct {
 // A Server is one running raid. Its methods are safe for concurrent use.
 type Server struct {
 	Config
-	door   *door.Server
-	brain  *brain.Brain
-	spools *stream.Spools
-	blobs  *blob.Folder
-	mirror *stream.Mirror // nil without one
-	book   keys.Book
-	admit  sync.Mutex // held from a Check of the book to its Apply
-	since  time.Time
-	secret []byte   // makes aliases
-	locals sync.Map // fingerprint of a local runner's key → its state folder
+	brain     *brain.Brain
+	spools    *stream.Spools
+	blobs     blob.Store
+	web       *web.Server    // nil without HTTP
+	mirror    *stream.Mirror // nil without one
+	janitor   *janitor.Janitor
+	book      keys.Book
+	admit     sync.Mutex // held from a Check of the book to its Apply
+	since     time.Time
+	secret    []byte   // makes aliases
+	waitlists sync.Map // pool → *waitlist
+	locals    sync.Map // fingerprint of a local runner's key → its state folder
 
 	intaking sync.Mutex // guards intakes
 	intakes  map[job.Lease]*intake
 	ended    ended
+	unkept   ended // whose output may have to be kept yet; see keepLogs
+	fetching turns // output that is being fetched
 }
 
 // Tables of rows that are not the queue's.
@@ -107,10 +145,15 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		return nil, err
 	}
 	var err error
-	if s.blobs, err = blob.Open(filepath.Join(c.Dir, "blobs"), blob.Options{Reserve: c.Reserve}); err != nil {
+	if err := s.openBlobs(); err != nil {
 		return nil, err
 	}
 	s.spools = stream.New(filepath.Join(c.Dir, "spool"), c.Log.Errorf)
+	if c.Stale {
+		if err := Forget(c.Dir); err != nil {
+			return nil, err
+		}
+	}
 	if c.Mirror != nil {
 		if s.mirror, err = stream.NewMirror(*c.Mirror, s.spools); err != nil {
 			return nil, err
@@ -123,20 +166,74 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err := errors.Join(s.dropIncoming(), s.dropStrays()); err != nil {
 		return nil, err
 	}
+	s.janitor = s.newJanitor()
 	s.secret = aliasSecret(c.HostKeys[0])
-	s.door, err = door.New(door.Config{HostKeys: c.HostKeys, Authorize: s.authorize, Handle: s.handle, Logf: c.Log.Infof})
-	return s, err
+	return s, nil
+}
+
+// Forget removes what jobs that had not ended have left in a state folder that no Server
+// uses: another raid has gone on with them.
+func Forget(dir string) error {
+	spools := stream.New(filepath.Join(dir, "spool"), func(string, ...any) {})
+	return errors.Join(spools.RemoveUnfinished(), spools.Close(), os.RemoveAll(filepath.Join(dir, "incoming")))
 }
 
 // Serve answers connections on l until ctx ends, then says goodbye to the sessions
-// and stops within grace. It returns nil after an orderly end. l is closed.
+// and stops within grace. It returns nil after an orderly end. l is closed. It is Run
+// behind a door of its own.
 func (s *Server) Serve(ctx context.Context, l net.Listener, grace time.Duration) error {
+	front, err := door.New(door.Config{HostKeys: s.HostKeys, Authorize: s.Authorize, Handle: s.Handle, Logf: s.Log.Infof})
+	if err != nil {
+		l.Close()
+		return err
+	}
 	inner, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := s.brain.Run(inner); err != nil {
-			s.Log.Error("the queue has stopped", "err", err)
+		if err := s.Run(inner); err != nil {
 			stop(err)
+		}
+	})
+	shut := func() {
+		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
+		defer cancel()
+		front.Shutdown(limit) // returns when every session has ended
+	}
+	wg.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-inner.Done():
+		}
+		shut()
+	})
+	err = front.Serve(l)
+	if cause := context.Cause(inner); cause != nil {
+		err = cause
+	}
+	if ctx.Err() == nil && !errors.Is(err, door.ErrClosed) {
+		stop(err)
+	}
+	shut()
+	stop(nil)
+	wg.Wait()
+	if errors.Is(err, door.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// Run does all that happens behind the door, until ctx ends: it is called once, and the
+// Server is used up then. Sessions need it; they have ended before ctx does. The error
+// is that of the store, when somebody else writes to it.
+func (s *Server) Run(ctx context.Context) error {
+	inner, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	var failed error
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if failed = s.brain.Run(inner); failed != nil {
+			s.Log.Error("the queue has stopped", "err", failed)
+			stop(failed)
 		}
 	})
 	if s.mirror != nil {
@@ -144,34 +241,20 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, grace time.Duration)
 		for _, rec := range s.brain.Unfinished() {
 			s.mirror.Watch(rec.ID)
 		}
+		wg.Go(func() { s.endMirrors(inner) })
 	}
 	wg.Go(func() { s.endOutput(inner) })
-	wg.Go(func() {
-		select {
-		case <-ctx.Done():
-		case <-inner.Done():
-		}
-		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
-		defer cancel()
-		s.door.Shutdown(limit)
-	})
-	err := s.door.Serve(l)
-	if cause := context.Cause(inner); cause != nil {
-		err = cause
-	}
-	if ctx.Err() == nil && !errors.Is(err, door.ErrClosed) {
-		stop(err)
-	}
-	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
-	defer cancel()
-	s.door.Shutdown(limit) // returns when every session has ended
-	stop(nil)
+	wg.Go(func() { s.keepLogs(inner) })
+	wg.Go(func() { s.janitor.Run(inner) })
 	wg.Wait()
 	s.spools.Close()
-	if errors.Is(err, door.ErrClosed) {
-		return nil
-	}
-	return err
+	return failed
+}
+
+// ServeHTTP serves links and health on l until ctx ends. It needs Config.HTTP, and may run
+// while Serve does. It returns nil after an orderly end. l is closed.
+func (s *Server) ServeHTTP(ctx context.Context, l net.Listener, grace time.Duration) error {
+	return s.web.Serve(ctx, l, grace)
 }
 
 // changed is told of every committed change of a job, in the brain's loop.
@@ -184,8 +267,8 @@ func (s *Server) changed(rec job.Record) {
 	if rec.State.Final() {
 		s.ended.add(rec.ID)
 	}
-	if rec.Attempt > 0 && (rec.State == job.Queued || rec.Reason == job.ReasonInfra || rec.Reason == job.ReasonCancelled) {
-		s.dropAttempts(rec.ID)
+	if rec.Attempt > 1 || rec.Reason == job.ReasonInfra || rec.Reason == job.ReasonCancelled {
+		s.dropAttempts(&rec)
 	}
 	if s.mirror != nil {
 		s.mirror.Event(rec.Job)
@@ -231,6 +314,9 @@ func (s *Server) endOutput(ctx context.Context) {
 			if err := s.spools.Finish(id); err != nil {
 				s.Log.Error("end the output", "job", id, "err", err)
 			}
+			if s.blobs.Shared() {
+				s.unkept.add(id)
+			}
 		}
 		if len(ids) > 0 {
 			continue
@@ -243,8 +329,9 @@ func (s *Server) endOutput(ctx context.Context) {
 	}
 }
 
-// authorize says who a key belongs to. A key nobody enrolled is a guest's.
-func (s *Server) authorize(_ context.Context, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
+// Authorize says who a key belongs to. A key nobody enrolled is a guest's. It is
+// [door.Config.Authorize].
+func (s *Server) Authorize(_ context.Context, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
 	if id, ok := s.book.Who(key, from.Addr()); ok {
 		return id, nil
 	}
@@ -255,14 +342,14 @@ func (s *Server) authorize(_ context.Context, key ssh.PublicKey, from netip.Addr
 }
 
 // Enrol enters a person or a runner, durably, by raid's own right. by is for the log.
-func (s *Server) Enrol(ctx context.Context, e keys.Enrollment, by string, loopbackOnly bool) (keys.User, keys.Key, error) {
-	return s.enrol(ctx, e, by, keys.Admin, loopbackOnly)
+func (s *Server) Enrol(ctx context.Context, e keys.Enrollment, by string) (keys.User, keys.Key, error) {
+	return s.enrol(ctx, e, by, keys.Admin)
 }
 
 // enrol is Enrol by somebody of that role. What they may is decided about the user as
 // the book has it and as the book will have it, not about the words of e: Check
 // trims and lowers them, so "Admin" would pass for a role that nobody knows.
-func (s *Server) enrol(ctx context.Context, e keys.Enrollment, by string, role keys.Role, loopbackOnly bool) (keys.User, keys.Key, error) {
+func (s *Server) enrol(ctx context.Context, e keys.Enrollment, by string, role keys.Role) (keys.User, keys.Key, error) {
 	s.admit.Lock()
 	defer s.admit.Unlock()
 	u, k, err := s.book.Check(e)
@@ -273,7 +360,6 @@ func (s *Server) enrol(ctx context.Context, e keys.Enrollment, by string, role k
 	if !role.MayEnroll(was.Role, u.Role) {
 		return u, k, &keys.RefusedError{Why: fmt.Sprintf("%s may not enrol %s", role, cmp.Or(was.Role, u.Role))}
 	}
-	k.LoopbackOnly = k.LoopbackOnly || loopbackOnly // enrolling again lifts nothing
 	if err := s.brain.Put(ctx, []queue.Write{row(tableUser, u.Name, u), row(tableKey, k.Fingerprint, k)}); err != nil {
 		return u, k, err
 	}
@@ -357,27 +443,34 @@ func (s *Server) incoming(l job.Lease) string {
 
 // dropAttempts removes what had arrived of attempts that are over, unless their own
 // session has seen to it.
-func (s *Server) dropAttempts(id int64) {
-	files, err := filepath.Glob(filepath.Join(s.Dir, "incoming", fmt.Sprintf("%d-*.tar", id)))
+func (s *Server) dropAttempts(rec *job.Record) {
+	files, err := filepath.Glob(filepath.Join(s.Dir, "incoming", fmt.Sprintf("%d-*.tar", rec.ID)))
 	for _, f := range files {
-		err = errors.Join(err, os.Remove(f))
+		if rec.State.Final() || f != s.incoming(rec.Lease()) {
+			err = errors.Join(err, os.Remove(f))
+		}
 	}
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		s.Log.Error("remove what a lost attempt sent", "job", id, "err", err)
+		s.Log.Error("remove what a lost attempt sent", "job", rec.ID, "err", err)
 	}
 }
 
-// dropStrays removes output of jobs that this store has never had: it is new, or came
-// from a backup, and their numbers will be given again, perhaps to somebody else.
+// ErrLostStore is returned by New when there is output of jobs in the folder and a store
+// that has never had a job: its file was lost, and everything would be taken for rubbish.
+var ErrLostStore = errors.New("there is output of jobs here, and a database that has never had one")
+
+// dropStrays removes output of jobs that this store, which came from a backup, does not
+// have yet: their numbers will be given again, perhaps to somebody else.
 func (s *Server) dropStrays() error {
-	dirs, err := filepath.Glob(filepath.Join(s.Dir, "spool", "*"))
-	if err != nil {
-		return err
-	}
-	for _, dir := range dirs {
-		id, err := strconv.ParseInt(filepath.Base(dir), 10, 64)
-		if err != nil || id < s.brain.Next() {
+	for id, err := range s.spools.List() {
+		if err != nil {
+			return err
+		}
+		if id < s.brain.Next() {
 			continue
+		}
+		if s.brain.Next() == 1 {
+			return ErrLostStore
 		}
 		s.Log.Warn("removed output of a job that the store does not know", "job", id)
 		if err := s.spools.Remove(id); err != nil {
@@ -395,7 +488,7 @@ func (s *Server) dropIncoming() error {
 	}
 	wanted := map[string]bool{}
 	for _, rec := range s.brain.Unfinished() {
-		wanted[s.incoming(job.Lease{Job: rec.ID, Fence: rec.Fence})] = true
+		wanted[s.incoming(rec.Lease())] = true
 	}
 	files, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil {
@@ -409,4 +502,9 @@ func (s *Server) dropIncoming() error {
 		}
 	}
 	return nil
+}
+
+// Tables are all tables of the store.
+func Tables() []string {
+	return append(queue.Tables(), queue.TablePast, tableUser, tableKey, janitor.Table)
 }

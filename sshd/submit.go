@@ -56,11 +56,12 @@ func runSubmit(ctx context.Context, c *call) (int, error) {
 	if err := c.specify(ctx, &rec, build); err != nil {
 		return 0, err
 	}
-	if rec.Source, err = up.commit(); err != nil {
-		return 0, err
+	store := func() (err error) {
+		rec.Source, err = up.commit(ctx)
+		rec.SourceSHA256 = strings.TrimPrefix(rec.Source, "sha256:")
+		return err
 	}
-	rec.SourceSHA256 = strings.TrimPrefix(rec.Source, "sha256:")
-	return c.enqueue(ctx, &rec, &receipt{at: received, entries: up.Entries, bytes: up.size})
+	return c.enqueue(ctx, &rec, store, &receipt{at: received, entries: up.Entries, bytes: up.size})
 }
 
 // runRerun queues an old upload again, with what it asked for then, as far as the
@@ -76,8 +77,30 @@ func runRerun(ctx context.Context, c *call) (int, error) {
 	if rec.Spec.Network && !lim.Network {
 		return 0, failf(job.ExitRefused, "submit it anew with network: false, or ask staff", "your role may not use the network")
 	}
+	if err := c.rebuildImage(&rec, lim); err != nil {
+		return 0, err
+	}
 	rec.Spec.Limits = rec.Spec.Limits.Within(lim.Limits)
-	return c.enqueue(ctx, &rec, &receipt{at: time.Now(), rerun: true})
+	c.apply(&rec)
+	if err := c.fits(ctx, &rec); err != nil {
+		return 0, err
+	}
+	return c.enqueue(ctx, &rec, func() error { return c.renew(ctx, &old) }, &receipt{at: time.Now(), rerun: true})
+}
+
+// renew keeps the upload of a finished job for another one.
+func (c *call) renew(ctx context.Context, old *job.Record) error {
+	if old.Source == "" {
+		return nil
+	}
+	if err := expired(old); err != nil {
+		return err
+	}
+	err := c.s.blobs.Renew(ctx, blob.Key(old.Source))
+	if errors.Is(err, blob.ErrNotFound) {
+		return c.gone(ctx, old.ID, err)
+	}
+	return err
 }
 
 // A receipt is the proof of a submission that every submit prints.
@@ -106,13 +129,25 @@ func entriesWord(n int) string {
 	return fmt.Sprintf("%d entries", n)
 }
 
-// enqueue makes the job durable, says so, and follows it.
-func (c *call) enqueue(ctx context.Context, rec *job.Record, r *receipt) (int, error) {
+// accept has the upload stored, or kept, and makes the job durable that refers to it.
+func (c *call) accept(ctx context.Context, rec *job.Record, store func() error) error {
+	defer c.s.janitor.Arrive()()
+	if err := store(); err != nil {
+		return err
+	}
 	reply, err := c.s.brain.Do(ctx, queue.Submit{Record: *rec})
 	if err != nil {
-		return 0, capped(err)
+		return capped(err)
 	}
 	*rec = *reply.(*job.Record)
+	return nil
+}
+
+// enqueue makes the job and its upload durable, says so, and follows it.
+func (c *call) enqueue(ctx context.Context, rec *job.Record, store func() error, r *receipt) (int, error) {
+	if err := c.accept(ctx, rec, store); err != nil {
+		return 0, err
+	}
 	c.say("job %d queued as %s in %s", rec.ID, rec.Kind, rec.Pool)
 	c.say("received %s%s", job.At(r.at), r.size())
 	if rec.SourceSHA256 != "" {
@@ -135,6 +170,8 @@ func capped(err error) error {
 	switch {
 	case errors.Is(err, queue.ErrFull):
 		return failf(job.ExitTryLater, "wait until some have run, or cancel what you no longer need", "%s", err)
+	case errors.Is(err, queue.ErrNeeds):
+		return failf(job.ExitTryLater, "wait until some have run, or let them ask for the same image and the same GPU", "%s", err)
 	case errors.Is(err, queue.ErrDaily):
 		return failf(job.ExitTryLater, "the count begins anew at midnight UTC", "%s", err)
 	}
@@ -179,22 +216,12 @@ func (u *upload) discard() {
 }
 
 // commit stores the upload and returns its name, "" for none.
-func (u *upload) commit() (string, error) {
+func (u *upload) commit(ctx context.Context) (string, error) {
 	if u.blob == nil {
 		return "", nil
 	}
-	k, err := u.blob.Commit()
-	if err != nil {
-		return "", noSpace(err)
-	}
-	return string(k), nil
-}
-
-func noSpace(err error) error {
-	if errors.Is(err, blob.ErrNoSpace) {
-		return failf(job.ExitTryLater, "staff have to make room; try again later", "raid's disk is full")
-	}
-	return err
+	k, err := u.blob.Commit(ctx)
+	return string(k), err
 }
 
 const uploadHint = "try: tar cf - . | ssh … submit"
@@ -208,9 +235,10 @@ func (c *call) receive(ctx context.Context) (*upload, error) {
 		return nil, failf(job.ExitUsage, uploadHint, "submit reads a tar from stdin, and this is a terminal")
 	}
 	lim := c.s.limits(c.Who.Role)
+	c.s.janitor.Check() // there may be room when it is needed
 	b, err := c.s.blobs.Create(lim.Upload)
 	if err != nil {
-		return nil, noSpace(err)
+		return nil, err
 	}
 	in, stop := c.hinted()
 	defer stop()
@@ -243,7 +271,7 @@ func (c *call) badUpload(err error, lim Limits) error {
 	case errors.Is(err, blob.ErrTooBig):
 		return failf(job.ExitInput, "leave out what the build can make again; data sets belong on the runner", "refused: the upload is larger than %s", bytesWord(lim.Upload))
 	}
-	return noSpace(err)
+	return err
 }
 
 // hintAfter is how long stdin may be silent before somebody is told what is missing.
@@ -322,12 +350,13 @@ const maxSpec = job.MaxFrame / 4
 // specify joins build file, flags and what the caller's role may have.
 func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error {
 	lim := c.s.limits(c.Who.Role)
-	rec.Spec = job.Spec{Image: b.Image, Steps: b.Steps, TTY: b.TTY || c.on("tty"), CPUArch: b.CPUArch, Limits: lim.Limits}
+	rec.Spec = job.Spec{Image: b.Image, Steps: b.Steps, TTY: b.TTY || c.on("tty"), Cache: b.Cache, CPUArch: b.CPUArch, Limits: lim.Limits}
 	rec.Image = b.Image
+	c.apply(rec)
 	if c.tail != "" {
 		rec.Spec.Steps = []string{c.tail}
 	}
-	if len(rec.Spec.Steps) == 0 {
+	if len(rec.Spec.Steps) == 0 && b.BuildImage == nil {
 		return failf(job.ExitInput, "list them under commands: build:", "%s has no commands to run", job.BuildFileName)
 	}
 	if slices.ContainsFunc(rec.Spec.Steps, func(step string) bool { return strings.ContainsRune(step, 0) }) {
@@ -340,8 +369,8 @@ func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error
 		return failf(job.ExitRefused, "set network: false, or ask staff", "your role may not use the network")
 	}
 	rec.Spec.Network = b.Network
-	if b.BuildImage != nil {
-		return failf(job.ExitRefused, "name an image that exists under rai: image:", "this raid does not build images")
+	if err := c.buildImage(rec, b); err != nil {
+		return err
 	}
 	if err := c.time(&rec.Spec, b); err != nil {
 		return err
@@ -351,6 +380,13 @@ func (c *call) specify(ctx context.Context, rec *job.Record, b *job.Build) error
 		return failf(job.ExitUsage, "", "submit: --priority goes from -100 to 100")
 	}
 	return c.gpus(ctx, rec, b, lim)
+}
+
+// apply adds what the pool and the caller's role say about a job.
+func (c *call) apply(rec *job.Record) {
+	rules := c.s.Rules[rec.Pool]
+	rec.Spec.Role = string(c.Who.Role)
+	rec.Spec.Engine, rec.Spec.KeepGoing, rec.Spec.StrictArch = rules.Engine, rules.KeepGoing, rules.StrictArch
 }
 
 // leastMemory is what a box with a shell in it needs. With less it cannot even be
@@ -416,9 +452,31 @@ const (
 	lastSeen = 24 * time.Hour
 )
 
-// fits warns of GPUs a slot has not, and refuses what no runner seen lately has.
+// refusal is what a job is told that a runner could run if only staff let it, "" for any
+// other.
+func refusal(q *queue.Core, r queue.Runner, rec *job.Record) string {
+	images, builds := r.Images[rec.Pool], r.Builds
+	if b := rec.Spec.Build; b != nil && b.Push != nil {
+		r.Builds = &job.Builds{Registries: []string{b.Push.Registry}}
+	} else if b != nil {
+		r.Builds = &job.Builds{}
+	}
+	r.Images = nil
+	switch {
+	case q.Lacks(&r, rec) != "":
+		return ""
+	case rec.Spec.Build == nil:
+		return images.NotAllowed(rec.Spec.Image)
+	case builds == nil:
+		return "no runner here builds images: that takes containers, [box] engine = \"docker\", and not strict ones"
+	}
+	return job.NoPush(rec.Spec.Build.Push.Registry)
+}
+
+// fits warns of GPUs a slot has not, and refuses what no runner seen lately has. An
+// image is refused at once: unlike a GPU it does not come with a machine that is away.
 func (c *call) fits(ctx context.Context, rec *job.Record) error {
-	most, able, lacks := 0, false, []string{}
+	most, able, wish, refused, lacks := 0, false, false, "", []string{}
 	err := c.s.brain.View(ctx, func(q *queue.Core) {
 		for _, r := range q.Runners() {
 			if !r.Connected && time.Since(time.UnixMilli(r.Seen)) > lastSeen {
@@ -426,19 +484,28 @@ func (c *call) fits(ctx context.Context, rec *job.Record) error {
 			}
 			if l := q.Lacks(&r, rec); l != "" {
 				lacks = append(lacks, r.Name+" "+l)
+				if refused == "" {
+					refused = refusal(q, r, rec)
+				}
 				continue
 			}
 			able, most = true, max(most, len(r.GPUs))
+			wish = wish || r.GPUArch == "" || strings.EqualFold(r.GPUArch, rec.Spec.GPUArch)
 		}
 	})
 	switch {
 	case err != nil:
 		return err
+	case !able && refused != "":
+		return failf(job.ExitRefused, strings.Join(lacks, "\n"), "%s", refused)
+	case !able && time.Since(c.s.since) > settled:
+		return failf(job.ExitRefused, strings.Join(lacks, "\n"), "no runner here could ever run this job")
 	case able && rec.Spec.GPUs > most:
 		c.say("a slot has %s at most: giving it %d of the %d asked for", count(most, "GPU"), most, rec.Spec.GPUs)
 		rec.Spec.GPUs = most
-	case !able && time.Since(c.s.since) > settled:
-		return failf(job.ExitRefused, strings.Join(lacks, "\n"), "no runner here could ever run this job")
+	}
+	if able && !wish && rec.Spec.GPUs > 0 && rec.Spec.GPUArch != "" {
+		c.say("no GPU here is of architecture %s: it runs on what there is", quote(rec.Spec.GPUArch))
 	}
 	return nil
 }

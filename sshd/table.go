@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"strings"
 
 	"github.com/anmitsu/go-shlex"
@@ -14,6 +15,7 @@ import (
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/sshd/brain"
 	"github.com/rai-project/raid/sshd/door"
+	"github.com/rai-project/raid/sshd/store"
 )
 
 // A command is one row of the table. Help, usage errors and access control are made
@@ -52,16 +54,16 @@ func table() []command {
 			about: "run the same upload again, as a new job"},
 		{name: "why", role: keys.Student, usage: "JOB", args: [2]int{1, 1}, flags: jsonFlag, run: runWhy,
 			about: "what a job waits for, or why it ended as it did"},
-		{name: "output", role: keys.Student, usage: "JOB [PATH] > build.tar", args: [2]int{1, 2}, run: runOutput,
+		{name: "output", role: keys.Student, usage: "JOB [PATH] > build.tar", args: [2]int{1, 2}, flags: linkFlags, run: runOutput,
 			about: "the /build folder as the job left it, or one path of it, as tar"},
-		{name: "source", role: keys.Student, usage: "JOB > project.tar", args: [2]int{1, 1}, run: runSource,
+		{name: "source", role: keys.Student, usage: "JOB > project.tar", args: [2]int{1, 1}, flags: linkFlags, run: runSource,
 			about: "what was pushed, byte for byte"},
 		{name: "whoami", role: keys.Guest, flags: jsonFlag, run: runWhoami, about: "who raid thinks you are"},
 		{name: "version", role: keys.Guest, flags: jsonFlag, run: runVersion, about: "which raid this is"},
 		{name: "buildtime", role: keys.Guest, run: runBuildtime, about: "when this raid was built"},
 		{name: "help", role: keys.Guest, usage: "[COMMAND]", args: [2]int{0, 1}, run: runHelp, about: "this list, or one command in full"},
-		{name: "admin", role: keys.Staff, usage: "enroll | pause POOL | resume POOL | drain RUNNER | undrain RUNNER", args: [2]int{1, -1}, hidden: true, run: runAdmin,
-			about: "for staff: enrol people (rai-keygen speaks this), hold back pools and runners"},
+		{name: "admin", role: keys.Staff, usage: "enroll | disk | mirror | raids | pause POOL | resume POOL | drain RUNNER | undrain RUNNER", args: [2]int{1, -1}, hidden: true, flags: jsonFlag, run: runAdmin,
+			about: "for staff: enrol people (rai-keygen speaks this), see how the disk, the mirror and the other raids are doing, hold back pools and runners"},
 		{name: "runner", role: keys.Runner, usage: "join | source JOB FENCE | attempt JOB FENCE [share]", args: [2]int{1, 4}, hidden: true, run: runRunner,
 			about: "what runners say to raid"},
 	}
@@ -96,9 +98,9 @@ func failf(code int, hint, format string, args ...any) error {
 	return &failure{code, fmt.Sprintf(format, args...), hint}
 }
 
-// handle runs one session; it is the only place that turns errors into text and
-// exit status.
-func (s *Server) handle(ctx context.Context, d *door.Session) int {
+// Handle runs one session; it is the only place that turns errors into text and
+// exit status. It is [door.Config.Handle].
+func (s *Server) Handle(ctx context.Context, d *door.Session) int {
 	status, err := s.serve(ctx, d)
 	if err == nil {
 		return status
@@ -110,13 +112,24 @@ func (s *Server) explain(ctx context.Context, d *door.Session, err error) int {
 	var f *failure
 	switch {
 	case errors.As(err, &f):
-	case errors.Is(context.Cause(ctx), door.ErrShutdown), errors.Is(err, brain.ErrClosed):
+	case errors.Is(context.Cause(ctx), store.ErrDeposed):
+		f = &failure{job.ExitTryLater, "this raid leads no more, so it does nothing more; jobs go on", "the same command once more finds the one that does (attach JOB, for a job you were following)"}
+	case errors.Is(context.Cause(ctx), door.ErrShutdown), errors.Is(err, brain.ErrClosed), errors.Is(err, fs.ErrClosed):
 		f = &failure{job.ExitTryLater, "raid is restarting", "try again in a moment"}
 	case ctx.Err() != nil:
 		return job.ExitCancelled // nobody is there to read a reason
 	case errors.Is(err, brain.ErrUnavailable):
 		s.Log.Error("session", "id", d.ID, "user", d.Who.User, "command", d.Command, "err", err)
 		f = &failure{job.ExitTryLater, "raid cannot save anything at the moment", "your running jobs go on; try again in a few minutes"}
+		if errors.Is(err, store.ErrAmbiguous) {
+			f.text, f.hint = "raid cannot save anything at the moment, and does not know whether it has saved this", "look before you try again: ssh … status"
+		}
+	case errors.Is(err, store.ErrUnavailable): // of what is not in memory: old jobs
+		s.Log.Error("session", "id", d.ID, "user", d.Who.User, "command", d.Command, "err", err)
+		f = &failure{job.ExitTryLater, "raid cannot look anything up at the moment", "your running jobs go on; try again in a few minutes"}
+	case storeFailure(err) != nil:
+		s.Log.Error("session", "id", d.ID, "user", d.Who.User, "command", d.Command, "err", err)
+		f = storeFailure(err)
 	default:
 		s.Log.Error("session", "id", d.ID, "user", d.Who.User, "command", d.Command, "err", err)
 		f = &failure{job.ExitInfra, "something went wrong inside raid", "tell staff the session " + d.ID}

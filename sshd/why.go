@@ -3,7 +3,6 @@ package sshd
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/sshd/queue"
@@ -53,29 +52,37 @@ func (s *Server) reason(ctx context.Context, rec *job.Record) (why reasoning, er
 	case rec.State != job.Queued:
 		why.Words = []string{fmt.Sprintf("job %d is %s on %s, started %s", rec.ID, rec.State, clean(rec.Runner), ago(rec.StartedAt.Time))}
 	default:
-		err = s.brain.View(ctx, func(q *queue.Core) { why.ask(q, rec) })
-		why.explain()
+		if err = why.ask(ctx, s, rec); err == nil {
+			why.explain()
+		}
 	}
 	return why, err
 }
 
-// ask takes the numbers from the core.
-func (why *reasoning) ask(q *queue.Core, rec *job.Record) {
-	f, ok := q.Forecast(time.Now().UnixMilli(), rec.ID)
+// ask takes the numbers from the queue.
+func (why *reasoning) ask(ctx context.Context, s *Server, rec *job.Record) error {
+	f, ok, err := s.forecast(ctx, rec.Pool, rec.ID)
 	if !ok {
-		return // it has just started
+		return err // it has just started
 	}
 	why.Position, why.Ahead, why.AheadS = f.Position, f.Position-1, f.AheadS
 	why.Running, why.Runners = f.Running, f.Slots
 	why.EarlyS, why.LateS = f.Early/1000, (f.Late+999)/1000
 	why.TenantS, why.PoolS, why.HeldBy = f.TenantS, f.PoolS, f.Held
-	if why.Runners == 0 {
+	if why.Runners > 0 {
+		return nil
+	}
+	return s.brain.View(ctx, func(q *queue.Core) {
 		for _, r := range q.Runners() {
-			if l := q.Lacks(&r, rec); l != "" {
+			l := q.Lacks(&r, rec)
+			if l == "" && r.Sick != "" {
+				l = "is " + stateWords(&r)
+			}
+			if l != "" {
 				why.lacks = append(why.lacks, fmt.Sprintf("runner %s %s", r.Name, l))
 			}
 		}
-	}
+	})
 }
 
 // explain puts the numbers into words.
