@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,7 @@ func guard() (*guarded, error) {
 		return nil, fmt.Errorf("set not dumpable: %w", err)
 	}
 	ignoreSignals()
+	lowerLimits()
 	var err error
 	if g.in, err = moveAway(0, "orders"); err != nil {
 		return nil, err
@@ -41,6 +43,32 @@ func guard() (*guarded, error) {
 	runtime.GOMAXPROCS(2)
 	startThreads(12)
 	return g, nil
+}
+
+// maxFiles is how many descriptors a process of a step may have: more than programs
+// need, and few enough that closing them all one by one is quick.
+const maxFiles = 65536
+
+// What a user may have of these is counted over all its processes on the machine, and the
+// user of a container may be the machine's root. A process fails when the sum is beyond
+// its own limit: with less than others have, a job leaves them the rest.
+const (
+	MaxSignals = 4096      // waiting, and timers of timer_create(2); usual are some 10,000s
+	MaxQueues  = 256 << 10 // bytes of POSIX message queues; usual are 800 KiB
+)
+
+// lowerLimits keeps the steps from core files, and from more of some things than they
+// need. It never raises a limit, which would take a privilege.
+func lowerLimits() {
+	for resource, most := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles,
+		unix.RLIMIT_SIGPENDING: MaxSignals, unix.RLIMIT_MSGQUEUE: MaxQueues} {
+		var l syscall.Rlimit
+		if syscall.Getrlimit(resource, &l) == nil {
+			l.Max = min(l.Max, most)
+			l.Cur = l.Max
+			syscall.Setrlimit(resource, &l)
+		}
+	}
 }
 
 // moveAway moves descriptor fd out of the way of the steps' own and leaves /dev/null
@@ -117,6 +145,9 @@ func startThreads(n int) {
 	held.Wait()
 	close(release)
 	done.Wait()
+	// What a locked goroutine needed is made by the template thread, in its own time, and
+	// may still be on its way. It comes with a P, and stopping the world waits for all Ps.
+	runtime.ReadMemStats(new(runtime.MemStats))
 }
 
 // An oomScore is the process's /proc/self/oom_score_adj, opened while that was allowed.

@@ -57,19 +57,26 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 	"unicode/utf8"
 
+	"github.com/rai-project/raid/runner/box/seccomp"
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/runner/job/tree"
 )
 
+// Confine, among the arguments of a shim, has it bring the seccomp filter itself: for
+// engines that have one of their own and cannot be given a second.
+const Confine = "confine"
+
 // Main runs the shim of a box on the process's standard input and output and returns
-// the exit status: 0 once a job.Final frame is out, whatever the verdict. A process
-// can be a shim only once.
-func Main() int {
-	s := Shim{Src: "/src", Build: "/build", Home: os.Getenv("HOME"), Grace: 5 * time.Second}
+// the exit status: 0 once a job.Final frame is out, whatever the verdict. Of args only
+// Confine has a meaning. A process can be a shim only once.
+func Main(args ...string) int {
+	s := Shim{Src: "/src", Build: "/build", Home: os.Getenv("HOME"), Grace: 5 * time.Second,
+		Confine: slices.Contains(args, Confine)}
 	if s.Home == "" {
 		s.Home = "/tmp"
 	}
@@ -82,12 +89,17 @@ type Shim struct {
 	Build string        // the steps run here, and it comes back
 	Home  string        // HOME of the steps if the order names none
 	Grace time.Duration // between SIGTERM and SIGKILL
+
+	Confine bool // put the seccomp filter on this process and all it starts
 }
 
 // Run takes one order, carries it out and returns as Main does. It takes over the
 // process: descriptors 0 and 1, signals, every child.
 func (s *Shim) Run() int {
 	box, err := guard()
+	if err == nil && s.Confine {
+		err = seccomp.Install()
+	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "raid shim: %v\n", err)
 		return 1
@@ -132,8 +144,10 @@ func (a *attempt) build(source *io.PipeReader) job.Result {
 	if len(a.order.Spec.Steps) == 0 {
 		return failed(errors.New("the order has no steps")) // nothing ran, so nothing may pass
 	}
-	if err := os.MkdirAll(a.Build, 0o755); err != nil {
-		return failed(err)
+	for _, dir := range [...]string{a.Src, a.Build} { // where the engine has not
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return failed(err)
+		}
 	}
 	if a.order.Source {
 		err := a.unpack(source)
@@ -160,10 +174,7 @@ func ended(r job.Reason, note string) job.Result {
 
 // unpack unpacks the source as it arrives and returns once the last of it has.
 func (a *attempt) unpack(source *io.PipeReader) error {
-	err := os.MkdirAll(a.Src, 0o755)
-	if err == nil {
-		err = tree.Unpack(a.Src, source)
-	}
+	err := tree.Unpack(a.Src, source)
 	if _, rest := io.Copy(io.Discard, source); err == nil {
 		err = rest
 	}

@@ -41,6 +41,18 @@ func attack(args []string) int {
 		fmt.Println(fillSockets(n << 20))
 	case "fork":
 		fmt.Printf("forked %d\n", forkUpTo(n))
+	case "hoard":
+		hoard()
+	case "starve":
+		for r := range 16 { // RLIMIT_*
+			unix.Prlimit(1, r, &unix.Rlimit{}, nil)
+		}
+	case "deep":
+		for range n {
+			if os.Mkdir("d", 0o755) != nil || os.Chdir("d") != nil {
+				break
+			}
+		}
 	case "files":
 		for i := range n {
 			f, err := os.Create(strconv.Itoa(i))
@@ -106,6 +118,34 @@ func forkUpTo(n int) (forked int) {
 		forked++
 	}
 	return forked
+}
+
+// hoards are calls that take one more of what the kernel counts beyond a box.
+var hoards = map[string]func() unix.Errno{
+	"inotify": call(unix.SYS_INOTIFY_INIT1, 0),
+	"libaio": func() unix.Errno { // until the process ends
+		var context uint64
+		_, _, e := unix.RawSyscall(unix.SYS_IO_SETUP, 1000, uintptr(unsafe.Pointer(&context)), 0)
+		return e
+	},
+	"timers": func() unix.Errno { // each is a signal that may have to wait
+		var id int32
+		_, _, e := unix.RawSyscall(unix.SYS_TIMER_CREATE, unix.CLOCK_MONOTONIC, 0, uintptr(unsafe.Pointer(&id)))
+		return e
+	},
+}
+
+// hoard says how many of each it got.
+func hoard() {
+	for name, take := range hoards {
+		n, e := 0, unix.Errno(0)
+		for ; n < 200_000 && e == 0; n++ {
+			e = take()
+		}
+		fmt.Printf("%s: %d, then %s\n", name, n-1, unix.ErrnoName(e))
+	}
+	fmt.Println("hoarded")
+	time.Sleep(time.Hour)
 }
 
 func call(nr uintptr, a ...uintptr) func() unix.Errno {

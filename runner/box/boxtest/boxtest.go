@@ -7,7 +7,7 @@
 // and its engine runs os.Executable() with the argument "shim" as the shim, found in
 // a box as /.raid/shim. The test itself is
 //
-//	func TestConformance(t *testing.T) { boxtest.Run(t, newEngine) }
+//	func TestConformance(t *testing.T) { boxtest.Run(t, boxtest.Kind{New: newEngine, …}) }
 //
 // where newEngine makes an engine for the runner [ID]. The suite closes the engine,
 // and looks for that ID in everything the kernel lists to see what was left behind.
@@ -27,8 +27,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -57,7 +56,7 @@ func Main(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case "shim":
-			os.Exit(shim.Main())
+			os.Exit(shim.Main(os.Args[2:]...))
 		case "attack":
 			os.Exit(attack(os.Args[2:]))
 		}
@@ -76,37 +75,65 @@ func ID() string {
 // limits are small enough for twenty boxes at once on a small machine.
 var limits = job.Limits{Time: time.Minute, Memory: 256 << 20, CPUs: 1, Pids: 100, Disk: 64 << 20, Artifact: 8 << 20}
 
-// Run runs the suite. newEngine is called again for an engine of the same runner.
-func Run(t *testing.T, newEngine func(t *testing.T, id string) box.Engine) {
+// A Kind is what differs between engines on purpose.
+type Kind struct {
+	// New makes an engine. It is called again for an engine of the same runner.
+	New func(t *testing.T, id string) box.Engine
+	// User is what whoami says in a box, Home its HOME.
+	User, Home string
+	// Homes are the folders in /home.
+	Homes []string
+	// Writable says that jobs may write to the root.
+	Writable bool
+	// Traces lists what the kernel does not: what the engine itself still knows by a
+	// name. nil for nothing.
+	Traces func(t *testing.T, name string) []string
+	// Short leaves out what takes long and shows nothing new where another kind of the
+	// same engine has been through all of it.
+	Short bool
+}
+
+// Run runs the suite.
+func Run(t *testing.T, k Kind) {
 	id := ID()
-	e := newEngine(t, id)
+	e := k.New(t, id)
 	if name := os.Getenv(envVictim); name != "" {
 		victim(t, e, name)
 	}
 	if w := e.Weakness(); w != "" {
 		t.Logf("weakness: %s", w)
 	}
-	s := &suite{e: e}
+	s := &suite{Kind: k, e: e}
 	for _, c := range []struct {
 		name string
 		run  func(*testing.T, *suite)
 	}{
 		{"Frames", testFrames}, {"Exit", testExit}, {"Who", testWho}, {"Host", testHost}, {"Files", testFiles},
 		{"Network", testNetwork}, {"Calls", testCalls}, {"Descriptors", testDescriptors}, {"GPUs", testGPUs},
-		{"Memory", testMemory}, {"Sockets", testSockets}, {"Limit", testLimit}, {"Pids", testPids}, {"Disk", testDisk}, {"Inodes", testInodes},
+		{"Memory", testMemory}, {"Sockets", testSockets}, {"Limit", testLimit}, {"Shrink", testShrink}, {"Pids", testPids}, {"Disk", testDisk}, {"Inodes", testInodes},
 		{"Kill", testKill}, {"EndOfInput", testEndOfInput}, {"Cancelled", testCancelled}, {"SameID", testSameID},
-		{"Close", testClose}, {"Many", testMany},
+		{"Stop", testStop}, {"Unread", testUnread}, {"Line", testLine}, {"Survivors", testSurvivors}, {"Forged", testForged}, {"Swarm", testSwarm},
+		{"Hostile", testHostile}, {"Hoard", testHoard},
+		{"Close", testClose}, {"Many", testMany}, {"Mixed", testMixed},
 	} {
-		t.Run(c.name, func(t *testing.T) { c.run(t, s) })
+		if !k.Short || !slices.Contains(long, c.name) {
+			t.Run(c.name, func(t *testing.T) { c.run(t, s) })
+		}
 	}
 	if err := e.Close(); err != nil {
 		t.Errorf("Engine.Close: %v", err)
 	}
-	wantNoTraces(t, id)
-	t.Run("KilledRunner", func(t *testing.T) { testKilledRunner(t, newEngine) })
+	s.wantNoTraces(t, id)
+	t.Run("KilledRunner", func(t *testing.T) { testKilledRunner(t, s) })
 }
 
-type suite struct{ e box.Engine }
+// long are the cases that Short leaves out.
+var long = []string{"Stop", "Unread", "Line", "Survivors", "Forged", "Swarm", "Hostile", "Many", "Mixed"}
+
+type suite struct {
+	Kind
+	e box.Engine
+}
 
 // enforced skips the test unless the engine holds the limit that word names.
 func (s *suite) enforced(t *testing.T, word string) {
@@ -124,6 +151,7 @@ type session struct {
 	ended chan struct{} // closed at the end of output; what follows may be read then
 
 	out, err, raid bytes.Buffer
+	printed        int64 // bytes of out, which keeps the first maxKept of them
 	files          int64
 	final          *job.Result
 	broken         error
@@ -154,7 +182,7 @@ func (s *suite) start(t *testing.T, c box.Config) *session {
 			t.Errorf("Close: %v", err)
 		}
 		<-x.ended
-		wantNoTraces(t, c.ID)
+		s.wantNoTraces(t, c.ID)
 	})
 	if !within(x.ready) {
 		x.Kill()
@@ -179,8 +207,11 @@ func (x *session) read() {
 		case job.Ready:
 			close(x.ready)
 		case job.Out:
-			x.out.Write(p)
-			x.look(p)
+			x.printed += int64(len(p))
+			if x.out.Len() < maxKept {
+				x.out.Write(p)
+				x.look(p)
+			}
 		case job.Err:
 			x.err.Write(p)
 		case job.Raid:
@@ -193,6 +224,9 @@ func (x *session) read() {
 		}
 	}
 }
+
+// maxKept is how much a session keeps of what a job prints.
+const maxKept = 1 << 20
 
 // look closes saw once the output holds want.
 func (x *session) look(p []byte) {
@@ -230,19 +264,26 @@ func (x *session) until(t *testing.T, want string, steps ...string) {
 	}
 }
 
-// finish waits for the end of the box.
+// finish waits for the end of the box, which has to speak to the last.
 func (x *session) finish(t *testing.T) box.Exit {
+	t.Helper()
+	exit, broken := x.end(t)
+	if broken != nil {
+		t.Errorf("the box said: %v", broken)
+	}
+	return exit
+}
+
+// end waits for the end of the box and returns what was wrong with the last it said.
+func (x *session) end(t *testing.T) (exit box.Exit, broken error) {
 	t.Helper()
 	if !within(x.ended) {
 		x.Kill()
 		t.Fatal("the box did not end")
 	}
-	exit := x.Wait()
-	if x.broken != nil {
-		t.Errorf("the box said: %v", x.broken)
-	}
+	exit = x.Wait()
 	t.Logf("final %+v, exit %+v, stderr %q, raid %q", x.final, exit, x.err.String(), x.raid.String())
-	return exit
+	return exit, x.broken
 }
 
 // job runs steps in a box of their own to their end.
@@ -291,7 +332,7 @@ func victim(t *testing.T, e box.Engine, name string) {
 	select {}
 }
 
-func testKilledRunner(t *testing.T, newEngine func(*testing.T, string) box.Engine) {
+func testKilledRunner(t *testing.T, s *suite) {
 	id, name := ID(), "v-"+strings.ToLower(rand.Text())
 	top, _, _ := strings.Cut(t.Name(), "/")
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
@@ -309,7 +350,7 @@ func testKilledRunner(t *testing.T, newEngine func(*testing.T, string) box.Engin
 	kill := sync.OnceFunc(func() { c.Process.Kill(); c.Wait() })
 	defer kill()
 	waitLine(t, out, "victim is busy")
-	orphans := processes(name)
+	orphans := processes(carries(name))
 	if len(orphans) == 0 {
 		t.Fatal("no process of the box is to be seen")
 	}
@@ -320,15 +361,15 @@ func testKilledRunner(t *testing.T, newEngine func(*testing.T, string) box.Engin
 		}
 		unix.Close(fd)
 	}
-	e := newEngine(t, id)
+	e := s.New(t, id)
 	if err := e.Sweep(t.Context()); err != nil {
 		t.Errorf("Sweep: %v", err)
 	}
-	wantNoTraces(t, name)
+	s.wantNoTraces(t, name)
 	if err := e.Close(); err != nil {
 		t.Errorf("Engine.Close: %v", err)
 	}
-	wantNoTraces(t, id)
+	s.wantNoTraces(t, id)
 }
 
 func waitLine(t *testing.T, r io.Reader, want string) {
@@ -343,22 +384,6 @@ func waitLine(t *testing.T, r io.Reader, want string) {
 	t.Fatalf("no line %q", want)
 }
 
-// processes returns a pidfd of every process whose arguments hold word.
-func processes(word string) (fds []int) {
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range dirs {
-		b, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil || pid == os.Getpid() || !bytes.Contains(b, []byte(word)) {
-			continue
-		}
-		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
-			fds = append(fds, fd)
-		}
-	}
-	return fds
-}
-
 // gone waits until the process of a pidfd has ended.
 func gone(fd int) bool {
 	for {
@@ -370,36 +395,13 @@ func gone(fd int) bool {
 }
 
 // wantNoTraces looks for a name in all that a box could leave on a machine.
-func wantNoTraces(t *testing.T, name string) {
+func (s *suite) wantNoTraces(t *testing.T, name string) {
 	t.Helper()
 	var found []string
-	for _, fd := range processes(name) {
-		found = append(found, "a process")
-		unix.Close(fd)
+	if s.Traces != nil {
+		found = s.Traces(t, name)
 	}
-	if b, err := os.ReadFile("/proc/self/mountinfo"); err != nil || bytes.Contains(b, []byte(name)) {
-		found = append(found, "a mount")
-	}
-	backing, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	for _, f := range backing {
-		if b, _ := os.ReadFile(f); bytes.Contains(b, []byte(name)) {
-			found = append(found, "loop device "+f)
-		}
-	}
-	for _, root := range []string{"/sys/fs/cgroup", "/var/tmp", os.TempDir()} {
-		filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-			if err != nil {
-				return nil
-			}
-			if strings.Contains(d.Name(), name) {
-				found = append(found, path)
-			}
-			if d.IsDir() && strings.Count(path, "/") > 6 {
-				return fs.SkipDir
-			}
-			return nil
-		})
-	}
+	found = append(found, Traces(name)...)
 	if len(found) > 0 {
 		t.Errorf("%s is still here: %s", name, strings.Join(found, ", "))
 	}

@@ -20,14 +20,11 @@
 //
 // Non-goals: this is a weaker wall than a container with an image, for it shows the
 // host's programs. Network means the host's network, its loopback included: give it
-// only to people who may reach what listens there. A MIG slice cannot be handed out
-// alone, only its whole GPU.
+// only to people who may reach what listens there.
 package bwrap
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -36,15 +33,15 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/box/machine"
+	"github.com/rai-project/raid/runner/box/seccomp"
 	"github.com/rai-project/raid/runner/job"
 )
 
@@ -70,20 +67,17 @@ type Config struct {
 
 // An Engine makes boxes. It implements [box.Engine].
 type Engine struct {
-	cfg       Config
-	bwrap     string
-	run       string   // RunDir
-	lock      *os.File // run, locked for as long as the engine lives
-	shim      string   // the copy
-	uid       int      // of boxes, -1 to keep our own
-	forest    forest
-	templates templates
-	images    bool            // disks are images
-	lacks     map[string]bool // options that this bwrap does not know
-	weakness  string
-
-	mu   sync.Mutex
-	open map[string]bool // names of boxes not yet closed
+	cfg      Config
+	bwrap    string
+	folder   *machine.Folder
+	run      string // its path
+	shim     string // the copy
+	uid      int    // of boxes, -1 to keep our own
+	forest   forest
+	disks    *machine.Disks
+	lacks    map[string]bool // options that this bwrap does not know
+	weakness string
+	names    machine.Names
 }
 
 const (
@@ -92,27 +86,23 @@ const (
 	shimInBox = "/.raid/shim"
 )
 
-var (
-	validID   = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
-	validName = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
-)
-
 // New returns an engine after it has started a first box and seen it work. Its errors
 // say what to install or allow. It removes what earlier processes of the same ID left.
 func New(ctx context.Context, c Config) (_ *Engine, err error) {
-	if !validID.MatchString(c.ID) {
+	if !machine.ValidID(c.ID) {
 		return nil, fmt.Errorf("bwrap: bad runner ID %q", c.ID)
 	}
 	if c.Logf == nil {
 		c.Logf = func(string, ...any) {}
 	}
-	e := &Engine{cfg: c, uid: -1, open: map[string]bool{}, lacks: map[string]bool{}}
+	e := &Engine{cfg: c, uid: -1, lacks: map[string]bool{}}
 	if e.bwrap, err = exec.LookPath("bwrap"); err != nil {
 		return nil, errors.New("bubblewrap is not installed: apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora, RHEL)")
 	}
-	if err := e.claim(); err != nil {
+	if e.folder, err = machine.Claim(c.RunDir, c.ID); err != nil {
 		return nil, err
 	}
+	e.run = e.folder.Path
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, e.Close())
@@ -126,60 +116,15 @@ func New(ctx context.Context, c Config) (_ *Engine, err error) {
 	if err := e.Sweep(ctx); err != nil {
 		return nil, err
 	}
-	diskErr := e.tryImages(ctx)
+	var noImages error
+	if e.disks, noImages, err = machine.NewDisks(ctx, e.run, e.uid, nil); err != nil {
+		return nil, err
+	}
 	if err := e.tryBox(ctx); err != nil {
 		return nil, err
 	}
-	e.weakness = weakness(missing, e.uid < 0, diskErr)
+	e.weakness = weakness(missing, e.uid < 0, noImages)
 	return e, nil
-}
-
-// claim makes RunDir, or takes over the one that an earlier process left, and locks
-// it. The lock also keeps systemd-tmpfiles away from it.
-func (e *Engine) claim() error {
-	e.run = e.cfg.RunDir
-	if e.run == "" {
-		e.run = filepath.Join(runParent(), "raid-"+e.cfg.ID)
-	}
-	if err := os.Mkdir(e.run, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("make run folder: %w", err)
-	}
-	// In a shared folder somebody else may have been faster.
-	var s unix.Stat_t
-	if err := unix.Lstat(e.run, &s); err != nil {
-		return fmt.Errorf("run folder %s: %w", e.run, err)
-	}
-	if s.Mode&unix.S_IFMT != unix.S_IFDIR || int(s.Uid) != os.Geteuid() || s.Mode&0o022 != 0 {
-		return fmt.Errorf("run folder %s is not ours: remove it", e.run)
-	}
-	if noExec(e.run) {
-		return fmt.Errorf("run folder %s is on a file system mounted noexec: choose another", e.run)
-	}
-	lock, err := os.Open(e.run)
-	if err != nil {
-		return fmt.Errorf("open run folder: %w", err)
-	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		lock.Close()
-		return fmt.Errorf("run folder %s is in use by another process", e.run)
-	}
-	e.lock = lock
-	return nil
-}
-
-// runParent is /var/tmp, but for machines where programs may not be run from it.
-func runParent() string {
-	for _, dir := range [...]string{"/var/tmp", os.TempDir(), "/run"} {
-		if unix.Access(dir, unix.W_OK) == nil && !noExec(dir) {
-			return dir
-		}
-	}
-	return "/var/tmp"
-}
-
-func noExec(dir string) bool {
-	var s unix.Statfs_t
-	return unix.Statfs(dir, &s) == nil && s.Flags&unix.ST_NOEXEC != 0
 }
 
 // furnish fills RunDir with what all boxes share.
@@ -193,23 +138,17 @@ func (e *Engine) furnish() error {
 	if err := e.shut(); err != nil {
 		return err
 	}
-	for dir, mode := range map[string]os.FileMode{"boxes": 0o711, "templates": 0o700} {
-		if err := makeDir(filepath.Join(e.run, dir), mode); err != nil && !errors.Is(err, os.ErrExist) {
-			return err
-		}
-	}
-	e.templates.dir = filepath.Join(e.run, "templates")
-	filter, err := seccompFilter()
+	filter, err := seccomp.Filter()
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(e.seccomp(), filter, 0o600); err != nil {
+	if err := os.WriteFile(e.filter(), filter, 0o600); err != nil {
 		return err
 	}
 	if err := writeEtc(filepath.Join(e.run, "etc")); err != nil {
 		return fmt.Errorf("make /etc for boxes: %w", err)
 	}
-	if e.shim, err = copyShim(e.run, e.cfg.Exe); err != nil {
+	if e.shim, err = e.folder.CopyShim(e.cfg.Exe); err != nil {
 		return fmt.Errorf("copy the shim: %w", err)
 	}
 	return nil
@@ -225,8 +164,8 @@ func (e *Engine) shut() error {
 	return errors.Join(os.Chown(e.run, 0, e.uid), os.Chmod(e.run, 0o710))
 }
 
-func (e *Engine) seccomp() string { return filepath.Join(e.run, "seccomp") }
-func (e *Engine) boxes() string   { return filepath.Join(e.run, "boxes") }
+func (e *Engine) filter() string { return filepath.Join(e.run, "seccomp") }
+func (e *Engine) boxes() string  { return filepath.Join(e.run, "boxes") }
 
 // freeUID returns a user id that depends on id and that no account has.
 func freeUID(id string) int {
@@ -240,42 +179,6 @@ func freeUID(id string) int {
 		n = (n + 1) % 1000
 	}
 	return 990000 + n
-}
-
-// copyShim copies exe into dir under the name of its hash, so that an upgrade never
-// changes the program under a box.
-func copyShim(dir, exe string) (string, error) {
-	src, err := os.Open(exe)
-	if err != nil {
-		return "", err
-	}
-	defer src.Close()
-	tmp, err := os.CreateTemp(dir, "shim-")
-	if err != nil {
-		return "", err
-	}
-	defer os.Remove(tmp.Name())
-	h := sha256.New()
-	_, err = io.Copy(io.MultiWriter(tmp, h), src)
-	if err := errors.Join(err, tmp.Chmod(0o555), tmp.Close()); err != nil {
-		return "", err
-	}
-	name := filepath.Join(dir, "shim-"+hex.EncodeToString(h.Sum(nil)[:8]))
-	return name, os.Rename(tmp.Name(), name)
-}
-
-// tryImages finds out whether disks can be images; the error says why not.
-func (e *Engine) tryImages(ctx context.Context) error {
-	if e.uid < 0 {
-		return errors.New("not root")
-	}
-	e.images = true
-	d, err := e.newDisk(ctx, filepath.Join(e.boxes(), "probe"), minImage)
-	if err == nil {
-		err = d.remove()
-	}
-	e.images = err == nil
-	return err
 }
 
 // tryBox starts a box that runs true(1), and finds out which options an older bwrap
@@ -297,7 +200,7 @@ func (e *Engine) tryOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	b, err := e.start(ctx, box.Config{ID: "probe", Limits: job.Limits{Memory: 1 << 30, Pids: 100, CPUs: 1, Disk: minImage}}, []string{bin})
+	b, err := e.start(ctx, box.Config{ID: "probe", Limits: job.Limits{Memory: 1 << 30, Pids: 100, CPUs: 1, Disk: machine.MinDisk}}, []string{bin})
 	if err != nil {
 		return fmt.Errorf("try a box: %w", err)
 	}
@@ -350,7 +253,7 @@ func weakness(missing []string, sameUser bool, disk error) string {
 		s = append(s, list(missing)+" limits are not enforced: "+why)
 	}
 	if disk != nil {
-		s = append(s, fmt.Sprintf("the disk limit is only measured every %v: %v", sampleTime, disk))
+		s = append(s, fmt.Sprintf("the disk limit is only measured every %v: %v", machine.SampleTime, disk))
 	}
 	if sameUser {
 		s = append(s, "jobs run as the runner's own user")
@@ -372,17 +275,17 @@ func (e *Engine) Name() string { return "bwrap" }
 // Weakness implements [box.Engine].
 func (e *Engine) Weakness() string { return e.weakness }
 
-// Note implements [box.Noter]: an image nobody mapped to a folder is not used.
-func (e *Engine) Note(image string) string {
-	if _, ok := e.cfg.Images[image]; ok || image == "" {
-		return ""
+// note says that an image nobody mapped to a folder is not used.
+func (e *Engine) note(c box.Config) {
+	if _, ok := e.cfg.Images[c.Image]; !ok && c.Image != "" && c.Say != nil {
+		c.Say(fmt.Sprintf("no image %q here: the job runs with the programs of the machine", c.Image))
 	}
-	return fmt.Sprintf("no image %q here: the job runs with the programs of the machine", image)
 }
 
 // Start starts a box. It returns when all its mounts stand and its cgroups hold it;
 // the shim is about to run.
 func (e *Engine) Start(ctx context.Context, c box.Config) (box.Box, error) {
+	e.note(c)
 	b, err := e.start(ctx, c, append([]string{shimInBox}, e.cfg.Args...))
 	if err != nil {
 		return nil, fmt.Errorf("start box %s: %w", c.ID, err)
@@ -393,33 +296,43 @@ func (e *Engine) Start(ctx context.Context, c box.Config) (box.Box, error) {
 // Sweep removes what earlier processes of this ID left: processes, cgroups, mounts
 // and folders. Boxes of this engine are not touched.
 func (e *Engine) Sweep(ctx context.Context) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	var errs []error
-	for _, g := range e.forest.all() {
-		if !e.open[g.name()] {
-			errs = append(errs, g.drain(), g.remove())
+	err := e.names.Sweep(func(open func(string) bool) error {
+		var errs []error
+		for _, g := range e.forest.all() {
+			if !open(g.name()) {
+				errs = append(errs, g.drain(), g.remove())
+			}
 		}
-	}
-	e.killOrphans()
-	for _, name := range folders(e.boxes()) {
-		if err := ctx.Err(); err != nil {
-			return errors.Join(append(errs, context.Cause(ctx))...)
+		e.killOrphans(open)
+		if e.disks != nil {
+			errs = append(errs, e.disks.Sweep(ctx, open))
 		}
-		if !e.open[name] {
-			home := filepath.Join(e.boxes(), name)
-			errs = append(errs, unmountBelow(home), removeTree(home))
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
+		return errors.Join(errs...)
+	})
+	if err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	return nil
 }
 
+// Sweep removes the processes and cgroups that runners of an ID with nothing but that in
+// their Config left. It is for a runner that makes its boxes otherwise by now, in the same
+// run folder; no Engine of that ID may be open.
+func Sweep(ctx context.Context, id string) error {
+	e := &Engine{run: machine.Default(id), uid: -1}
+	if os.Geteuid() == 0 {
+		e.uid = freeUID(id)
+	}
+	e.bwrap, _ = exec.LookPath("bwrap") // without it none of its processes is left
+	e.forest, _ = findForest(id)
+	err := e.Sweep(ctx)
+	e.forest.remove()
+	return err
+}
+
 // killOrphans kills what no cgroup holds and no parent's death reaches: a bwrap whose
 // runner died between its fork and its prctl. Its arguments name the box's folder.
-func (e *Engine) killOrphans() {
+func (e *Engine) killOrphans(open func(string) bool) {
 	uid := e.uid
 	if uid < 0 {
 		uid = os.Geteuid()
@@ -432,7 +345,7 @@ func (e *Engine) killOrphans() {
 			continue
 		}
 		b, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		if name, ok := boxOf(string(b), e.bwrap, e.boxes()); ok && !e.open[name] {
+		if name, ok := boxOf(string(b), e.bwrap, e.boxes()); ok && !open(name) {
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
@@ -453,30 +366,11 @@ func boxOf(cmdline, bwrap, boxes string) (name string, ok bool) {
 	return "", false
 }
 
-// unmountBelow unmounts what a runner that died while it started a box left there.
-func unmountBelow(dir string) error {
-	mounts, err := readMounts()
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, m := range mounts {
-		if m.at == dir || strings.HasPrefix(m.at, dir+"/") {
-			errs = append(errs, unix.Unmount(m.at, unix.MNT_DETACH))
-		}
-	}
-	return errors.Join(errs...)
-}
-
 // Close implements [box.Engine].
 func (e *Engine) Close() error {
 	err := e.Sweep(context.Background())
 	e.forest.remove()
-	err = errors.Join(err, os.RemoveAll(e.run))
-	if e.lock != nil {
-		e.lock.Close()
-	}
-	return err
+	return errors.Join(err, e.folder.Remove())
 }
 
 // attr is how bwrap is started: in a session of its own, so that a Ctrl-C meant for

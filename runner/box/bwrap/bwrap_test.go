@@ -16,6 +16,7 @@ import (
 	"github.com/rai-project/raid/runner/box"
 	"github.com/rai-project/raid/runner/box/boxtest"
 	"github.com/rai-project/raid/runner/box/bwrap"
+	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
 )
 
@@ -84,12 +85,16 @@ func copyFile(t testing.TB, to, from string, mode os.FileMode) {
 }
 
 func TestConformance(t *testing.T) {
-	boxtest.Run(t, func(t *testing.T, id string) box.Engine { return newEngine(t, id) })
+	boxtest.Run(t, boxtest.Kind{New: func(t *testing.T, id string) box.Engine { return newEngine(t, id) },
+		User: "rai", Home: "/home/rai", Homes: []string{"rai"}, Short: testing.Short()})
 }
 
 // TestConformanceAsUser runs the suite without root.
 func TestConformanceAsUser(t *testing.T) {
 	need(t)
+	if testing.Short() {
+		t.Skip("the suite has run as root")
+	}
 	if os.Geteuid() != 0 {
 		t.Skip("TestConformance has just done that")
 	}
@@ -122,6 +127,93 @@ func TestConformanceAsUser(t *testing.T) {
 	}
 	if !strings.Contains(string(out), "jobs run as the runner's own user") {
 		t.Error("the engine did not say what does not hold without root")
+	}
+}
+
+// TestMounts shows two folders in a box, with and without an image.
+func TestMounts(t *testing.T) {
+	need(t)
+	dir, err := os.MkdirTemp("/var/tmp", "raid-mounts-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	for _, d := range []string{dir, filepath.Join(dir, "data"), filepath.Join(dir, "cache")} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "data", "set"), []byte("a data set\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	e, err := bwrap.New(t.Context(), bwrap.Config{ID: boxtest.ID(), Exe: hidden(t), Args: []string{"shim"}, Logf: t.Logf,
+		Images: map[string]string{"course/base": "/"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	c := box.Config{Mounts: []box.Mount{{Host: filepath.Join(dir, "data"), Box: "/data"}, {Host: filepath.Join(dir, "cache"), Box: "/cache", Write: true}}}
+	for i, image := range []string{"", "course/base"} {
+		c.Image = image
+		out := boxtest.Say(t, e, c, "cat /data/set; touch /data/x 2>/dev/null || echo read-only; echo x >>/cache/kept; wc -l </cache/kept")
+		if want := fmt.Sprintf("a data set\nread-only\n%d\n", i+1); out != want {
+			t.Errorf("image %q: %q, want %q", image, out, want)
+		}
+	}
+	if out := boxtest.Say(t, e, box.Config{}, "ls -d /data /cache 2>/dev/null; echo none"); out != "none\n" {
+		t.Errorf("a box without mounts: %q, want none", out)
+	}
+}
+
+// A box with a network can tell who answers it: it has the host's certificates.
+func TestCertificates(t *testing.T) {
+	need(t)
+	const certs = "/etc/ssl/certs"
+	here, err := os.ReadDir(certs)
+	if err != nil {
+		t.Skip("no certificates here: ", err)
+	}
+	e := newEngine(t, boxtest.ID())
+	defer e.Close()
+	for network, want := range map[bool]int{true: len(here), false: 0} {
+		if out := boxtest.Say(t, e, box.Config{Network: network}, "ls -A "+certs+" | wc -l"); out != fmt.Sprintln(want) {
+			t.Errorf("with network %v: %q certificates, want %d", network, out, want)
+		}
+	}
+}
+
+// An image with GPUs gets the machine's driver, of which here only the tool is found;
+// without GPUs it does not.
+func TestImageWithDriver(t *testing.T) {
+	need(t)
+	tools := t.TempDir()
+	if err := os.Chmod(filepath.Dir(tools), 0o755); err != nil { // the driver is everybody's
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tools, "nvidia-smi"), []byte("#!/bin/sh\necho the driver of this machine\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	e, err := bwrap.New(t.Context(), bwrap.Config{ID: boxtest.ID(), Exe: hidden(t), Args: []string{"shim"}, Logf: t.Logf,
+		Images: map[string]string{"course/base": "/"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	const line = gpu.BoxTools + "/nvidia-smi 2>/dev/null || echo none"
+	for _, c := range []struct {
+		gpus []gpu.Device
+		want string
+	}{
+		{[]gpu.Device{{UUID: "GPU-a", Minor: 250}}, "the driver of this machine\n"},
+		{nil, "none\n"},
+	} {
+		if out := boxtest.Say(t, e, box.Config{Image: "course/base", GPUs: c.gpus}, line); out != c.want {
+			t.Errorf("with %d GPUs: %q, want %q", len(c.gpus), out, c.want)
+		}
 	}
 }
 

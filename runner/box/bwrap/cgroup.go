@@ -1,7 +1,6 @@
 package bwrap
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/rai-project/raid/runner/box/machine"
 	"github.com/rai-project/raid/runner/job"
 )
 
@@ -46,7 +46,7 @@ type group struct {
 // findForest looks for cgroups that this process may use. missing names what will
 // not be limited.
 func findForest(id string) (f forest, missing []string) {
-	mounts, err := readMounts()
+	mounts, err := machine.Mounts()
 	if err != nil {
 		return forest{}, controllers[:]
 	}
@@ -65,10 +65,10 @@ func findForest(id string) (f forest, missing []string) {
 		return f, missing
 	}
 	for _, m := range mounts {
-		if m.kind != "cgroup2" {
+		if m.Kind != "cgroup2" {
 			continue
 		}
-		if dir := plant(m.at, filepath.Join(m.at, m.below(groupOf(string(own), ""))), id, os.Geteuid() == 0); dir != "" {
+		if dir := plant(m.At, filepath.Join(m.At, m.Below(machine.GroupOf(string(own), ""))), id, os.Geteuid() == 0); dir != "" {
 			return forest{v2: dir}, nil
 		}
 	}
@@ -76,34 +76,19 @@ func findForest(id string) (f forest, missing []string) {
 }
 
 // findTree returns the v1 hierarchy with controller c if a folder can be made in it.
-func findTree(mounts []mount, own, c, id string) (tree, bool) {
+func findTree(mounts []machine.Mount, own, c, id string) (tree, bool) {
 	for _, m := range mounts {
-		if m.kind != "cgroup" || !strings.Contains(","+m.options+",", ","+c+",") {
+		if m.Kind != "cgroup" || !strings.Contains(","+m.Options+",", ","+c+",") {
 			continue
 		}
-		t := tree{has: c, dir: filepath.Join(m.at, "raid", id),
-			home: filepath.Join(m.at, m.below(groupOf(own, c)), "tasks")}
+		t := tree{has: c, dir: filepath.Join(m.At, "raid", id),
+			home: filepath.Join(m.At, m.Below(machine.GroupOf(own, c)), "tasks")}
 		if os.MkdirAll(t.dir, 0o755) != nil || unix.Access(t.home, unix.W_OK) != nil {
 			return tree{}, false
 		}
 		return t, true
 	}
 	return tree{}, false
-}
-
-// groupOf returns this process's path in the hierarchy of controller c, "" being the
-// unified one, out of the text of /proc/self/cgroup.
-func groupOf(text, c string) string {
-	for line := range strings.Lines(text) {
-		p := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
-		if len(p) != 3 {
-			continue
-		}
-		if p[1] == c || c != "" && strings.Contains(","+p[1]+",", ","+c+",") {
-			return p[2]
-		}
-	}
-	return "/"
 }
 
 // plant makes the folder for boxes in the v2 tree mounted at top and returns it, or
@@ -166,7 +151,7 @@ func leaveOnly(own string) {
 	}
 	leaf := filepath.Join(own, "raid-runner")
 	if os.Mkdir(leaf, 0o755) == nil {
-		if put(leaf, "cgroup.procs", "0") != nil {
+		if machine.Put(leaf, "cgroup.procs", "0") != nil {
 			os.Remove(leaf)
 		}
 	}
@@ -195,7 +180,7 @@ func handOn(dir, parent, home string) error {
 // the one that may be missing: systemd does not delegate it everywhere.
 func enable(dir string) error {
 	for _, c := range controllers {
-		if err := put(dir, "cgroup.subtree_control", "+"+c); err != nil && c != "cpu" {
+		if err := machine.Put(dir, "cgroup.subtree_control", "+"+c); err != nil && c != "cpu" {
 			return err
 		}
 	}
@@ -235,14 +220,14 @@ func (f forest) all() []*group {
 		return byName[name]
 	}
 	for _, t := range f.v1 {
-		for _, name := range folders(t.dir) {
+		for _, name := range machine.Folders(t.dir) {
 			g, t := get(name), t
 			t.dir = filepath.Join(t.dir, name)
 			g.v1 = append(g.v1, t)
 		}
 	}
 	if f.v2 != "" {
-		for _, name := range folders(f.v2) {
+		for _, name := range machine.Folders(f.v2) {
 			get(name).v2 = filepath.Join(f.v2, name)
 		}
 	}
@@ -278,10 +263,10 @@ func (g *group) limit(l job.Limits) error {
 		var err error
 		switch t.has {
 		case "memory":
-			limitSocketsV1(t.dir, l.Memory)
+			machine.LimitSocketsV1(t.dir, l.Memory)
 			err = limitMemoryV1(t.dir, l.Memory)
 		case "pids":
-			err = put(t.dir, "pids.max", orMax(int64(l.Pids)))
+			err = machine.Put(t.dir, "pids.max", orMax(int64(l.Pids)))
 		case "cpu":
 			err = limitCPUV1(t.dir, l.CPUs)
 		}
@@ -304,32 +289,16 @@ func limitMemoryV1(dir string, bytes int64) error {
 		v = strconv.FormatInt(bytes, 10)
 	}
 	if _, err := os.Stat(filepath.Join(dir, swap)); err != nil {
-		put(dir, "memory.swappiness", "0") // best effort: v1 only
-		return put(dir, "memory.limit_in_bytes", v)
+		machine.Put(dir, "memory.swappiness", "0") // best effort: v1 only
+		return machine.Put(dir, "memory.limit_in_bytes", v)
 	}
-	if put(dir, "memory.limit_in_bytes", v) != nil { // raised above the old sum?
-		if err := put(dir, swap, v); err != nil {
+	if machine.Put(dir, "memory.limit_in_bytes", v) != nil { // raised above the old sum?
+		if err := machine.Put(dir, swap, v); err != nil {
 			return err
 		}
-		return put(dir, "memory.limit_in_bytes", v)
+		return machine.Put(dir, "memory.limit_in_bytes", v)
 	}
-	return put(dir, swap, v)
-}
-
-// maxSockets is plenty for what travels inside a box, and far from what all TCP of
-// the machine may take (net.ipv4.tcp_mem).
-const maxSockets = 256 << 20
-
-// limitSocketsV1 bounds the buffers of TCP and UDP sockets. A cgroup v1 counts them
-// beside its memory, and only where a limit is set: without one a box of 256 MiB
-// could fill gigabytes and slow down every connection of the machine. A cgroup v2
-// counts them as memory. Best effort: kernels are built without this counter.
-func limitSocketsV1(dir string, memory int64) {
-	v := int64(-1)
-	if memory > 0 {
-		v = min(memory, maxSockets)
-	}
-	put(dir, "memory.kmem.tcp.limit_in_bytes", strconv.FormatInt(v, 10))
+	return machine.Put(dir, swap, v)
 }
 
 const cpuPeriod = 100_000 // µs, the kernel's default
@@ -339,7 +308,7 @@ func limitCPUV1(dir string, cpus float64) error {
 	if cpus > 0 {
 		quota = cpuQuota(cpus)
 	}
-	return put(dir, "cpu.cfs_quota_us", strconv.FormatInt(quota, 10))
+	return machine.Put(dir, "cpu.cfs_quota_us", strconv.FormatInt(quota, 10))
 }
 
 // cpuQuota is never under the millisecond that the kernel takes at least.
@@ -362,7 +331,7 @@ func limitV2(dir string, l job.Limits) error {
 		{"pids.max", orMax(int64(l.Pids))},
 		{"cpu.max", cpu + " " + strconv.Itoa(cpuPeriod)},
 	} {
-		err := put(dir, w.file, w.value)
+		err := machine.Put(dir, w.file, w.value)
 		absent := errors.Is(err, fs.ErrNotExist)
 		if absent && (w.file == "memory.swap.max" || w.file == "cpu.max") {
 			continue // a kernel without swap, a subtree without cpu
@@ -405,7 +374,7 @@ func (g *group) start(cmd *exec.Cmd) (stray bool, err error) {
 		}
 	}()
 	for _, t := range g.v1 {
-		if err := put(t.dir, "tasks", "0"); err != nil {
+		if err := machine.Put(t.dir, "tasks", "0"); err != nil {
 			return false, fmt.Errorf("enter the box's cgroup: %w", err)
 		}
 	}
@@ -435,7 +404,7 @@ func (g *group) pids() (pids []int) {
 
 // kill sends SIGKILL to every process in the group, once.
 func (g *group) kill() {
-	if g.v2 != "" && put(g.v2, "cgroup.kill", "1") == nil { // Linux 5.14
+	if g.v2 != "" && machine.Put(g.v2, "cgroup.kill", "1") == nil { // Linux 5.14
 		return
 	}
 	for _, pid := range g.pids() {
@@ -456,27 +425,17 @@ func (g *group) drain() error {
 
 // ooms returns how many processes of the group the kernel killed for memory.
 func (g *group) ooms() int {
+	file := ""
 	if g.v2 != "" {
-		return counter(filepath.Join(g.v2, "memory.events"), "oom_kill")
+		file = filepath.Join(g.v2, "memory.events")
 	}
 	for _, t := range g.v1 {
 		if t.has == "memory" {
-			return counter(filepath.Join(t.dir, "memory.oom_control"), "oom_kill")
+			file = filepath.Join(t.dir, "memory.oom_control")
 		}
 	}
-	return 0
-}
-
-// counter reads "name N" out of a file of such lines; 0 if it is not there.
-func counter(file, name string) int {
-	b, _ := os.ReadFile(file)
-	for line := range bytes.Lines(b) {
-		if f := strings.Fields(string(line)); len(f) == 2 && f[0] == name {
-			n, _ := strconv.Atoi(f[1])
-			return n
-		}
-	}
-	return 0
+	n, _ := machine.Counter(file, "oom_kill") // it is there as long as the group is, and that is ours
+	return n
 }
 
 // remove removes the group, which must be empty. A dying process can keep it busy
@@ -512,79 +471,4 @@ func retry(f func() error) (err error) {
 		time.Sleep(wait)
 	}
 	return f()
-}
-
-// put writes a value to a control file that must exist.
-func put(dir, file, value string) error {
-	f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY|os.O_TRUNC, 0)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(value)
-	return errors.Join(err, f.Close())
-}
-
-// folders returns the names of the folders in dir.
-func folders(dir string) (names []string) {
-	es, _ := os.ReadDir(dir)
-	for _, e := range es {
-		if e.IsDir() {
-			names = append(names, e.Name())
-		}
-	}
-	return names
-}
-
-// A mount is one line of /proc/self/mountinfo.
-type mount struct {
-	root, at, kind, options string
-}
-
-func readMounts() ([]mount, error) {
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	return parseMounts(string(b)), nil
-}
-
-// parseMounts reads the text of mountinfo (proc_pid_mountinfo(5)). Lines that are
-// none are passed over.
-func parseMounts(text string) (ms []mount) {
-	for line := range strings.Lines(text) {
-		left, right, ok := strings.Cut(line, " - ")
-		l, r := strings.Fields(left), strings.Fields(right)
-		if ok && len(l) >= 6 && len(r) >= 3 {
-			ms = append(ms, mount{unescape(l[3]), unescape(l[4]), r[0], r[2]})
-		}
-	}
-	return ms
-}
-
-// unescape undoes the octal escapes of mountinfo (space, tab, newline, backslash).
-func unescape(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
-}
-
-// below turns a path in the hierarchy into one below the mount point: in a container
-// the mount shows only part of it.
-func (m mount) below(path string) string {
-	if m.root == "/" {
-		return path
-	}
-	if rest, ok := strings.CutPrefix(path, m.root); ok && (rest == "" || rest[0] == '/') {
-		return rest
-	}
-	return "/"
 }

@@ -5,12 +5,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/rai-project/raid/runner/box/machine"
 	"github.com/rai-project/raid/runner/job"
 )
 
@@ -138,60 +138,16 @@ func TestPlant(t *testing.T) {
 	}
 }
 
-func TestGroupOf(t *testing.T) {
-	const v1 = "9:name=systemd:/\n4:memory:/a/b\n2:cpu,cpuacct:/c\n0::/u/v\n"
-	for _, c := range []struct{ text, controller, want string }{
-		{v1, "memory", "/a/b"}, {v1, "cpu", "/c"}, {v1, "", "/u/v"}, {v1, "pids", "/"},
-		{"0::/user.slice/a:b\n", "", "/user.slice/a:b"}, {"", "", "/"}, {"garbage", "memory", "/"},
-	} {
-		if got := groupOf(c.text, c.controller); got != c.want {
-			t.Errorf("groupOf(%q, %q) = %q, want %q", c.text, c.controller, got, c.want)
-		}
-	}
-}
-
-func TestParseMounts(t *testing.T) {
-	const text = `22 27 0:21 / /proc rw,relatime - proc proc rw
-33 27 0:30 /docker/1 /sys/fs/cgroup/memory rw,nosuid shared:9 master:1 - cgroup cgroup rw,memory
-40 27 7:0 / /mnt/a\040b\134c rw - ext4 /dev/loop0 rw
-broken - line
-`
-	want := []mount{
-		{"/", "/proc", "proc", "rw"},
-		{"/docker/1", "/sys/fs/cgroup/memory", "cgroup", "rw,memory"},
-		{"/", `/mnt/a b\c`, "ext4", "rw"},
-	}
-	if got := parseMounts(text); !reflect.DeepEqual(got, want) {
-		t.Errorf("parseMounts = %q, want %q", got, want)
-	}
-	for _, c := range []struct{ path, want string }{{"/docker/1/x", "/x"}, {"/docker/1", ""}, {"/docker/12", "/"}} {
-		if got := want[1].below(c.path); got != c.want {
-			t.Errorf("below(%q) = %q, want %q", c.path, got, c.want)
-		}
-	}
-}
-
-func FuzzParseMounts(f *testing.F) {
-	f.Add("40 27 7:0 / /mnt/a\\040b\\134c rw - ext4 /dev/loop0 rw\n")
-	f.Fuzz(func(t *testing.T, text string) {
-		for _, m := range parseMounts(text) {
-			if m.at == "" || m.kind == "" {
-				t.Errorf("parseMounts(%q) gave %+v", text, m)
-			}
-		}
-	})
-}
-
 // TestGroupV2 uses a real v2 group; the controllers may all be bound to v1.
 func TestGroupV2(t *testing.T) {
-	mounts, err := readMounts()
+	mounts, err := machine.Mounts()
 	if err != nil {
 		t.Fatal(err)
 	}
 	dir := ""
 	for _, m := range mounts {
-		if m.kind == "cgroup2" {
-			dir = filepath.Join(m.at, "raid-test-group-v2")
+		if m.Kind == "cgroup2" {
+			dir = filepath.Join(m.At, "raid-test-group-v2")
 		}
 	}
 	if dir == "" || os.Mkdir(dir, 0o755) != nil {

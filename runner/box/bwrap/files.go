@@ -1,6 +1,7 @@
 package bwrap
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -14,11 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/box/machine"
 	"github.com/rai-project/raid/runner/gpu"
 )
 
 // args returns bwrap's arguments for a box that runs argv.
-func (e *Engine) args(c box.Config, d *disk, argv []string) ([]string, error) {
+func (e *Engine) args(ctx context.Context, c box.Config, d *machine.Disk, argv []string) ([]string, error) {
 	a := []string{"--unshare-all", "--unshare-user", "--uid", strconv.Itoa(uidInBox), "--gid", strconv.Itoa(uidInBox),
 		"--hostname", "raid", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL",
 		"--seccomp", strconv.Itoa(fdSeccomp), "--info-fd", strconv.Itoa(fdInfo),
@@ -41,9 +43,20 @@ func (e *Engine) args(c box.Config, d *disk, argv []string) ([]string, error) {
 	}
 	a = append(a, "--tmpfs", "/dev/shm")
 	a = append(a, gpuArgs("/", c.GPUs)...)
+	if _, image := e.cfg.Images[c.Image]; image && c.Image != "" && len(c.GPUs) > 0 {
+		a = append(a, driverArgs(gpu.Driver(ctx))...)
+	}
 	a = append(a, "--remount-ro", "/dev") // or it would be a disk without a limit
-	for _, p := range parts {
-		a = append(a, "--bind", filepath.Join(d.dir, p.name), p.at)
+	for _, p := range machine.Parts {
+		a = append(a, "--bind", filepath.Join(d.Dir, p.Name), p.At)
+	}
+	a = append(a, "--bind", filepath.Join(d.Dir, machine.Home), homeInBox)
+	for _, m := range c.Mounts {
+		how := "--ro-bind"
+		if m.Write {
+			how = "--bind"
+		}
+		a = append(a, how, m.Host, m.Box)
 	}
 	// The gate comes after everything that needs the host's files: see handshake.
 	a = append(a, "--ro-bind", e.shim, shimInBox, "--file", strconv.Itoa(fdGate), "/.raid/gate",
@@ -54,8 +67,9 @@ func (e *Engine) args(c box.Config, d *disk, argv []string) ([]string, error) {
 // rootArgs gives the programs and /etc: the host's, or those of an image.
 func (e *Engine) rootArgs(c box.Config) (a []string, err error) {
 	etc := filepath.Join(e.run, "etc")
-	if root, ok := e.cfg.Images[c.Image]; ok && c.Image != "" {
-		a, err = imageArgs(root, etc)
+	root, image := e.cfg.Images[c.Image]
+	if image = image && c.Image != ""; image {
+		a, err = imageArgs(root, etc, c.Mounts...)
 	} else {
 		a, err = hostArgs("/"), error(nil)
 		a = append(a, "--ro-bind", etc, "/etc")
@@ -68,8 +82,21 @@ func (e *Engine) rootArgs(c box.Config) (a []string, err error) {
 		if real, err := filepath.EvalSymlinks("/etc/resolv.conf"); err == nil {
 			a = append(a, "--ro-bind", real, "/etc/resolv.conf")
 		}
+		if !image {
+			a = append(a, certificateArgs(etc)...)
+		}
 	}
 	return a, err
+}
+
+// certificateArgs shows the host's certificates where etc has a folder for them.
+func certificateArgs(etc string) (a []string) {
+	for _, dir := range etcCertificates {
+		if i, err := os.Stat(filepath.Join(etc, dir)); err == nil && i.IsDir() {
+			a = append(a, "--ro-bind-try", "/etc/"+dir, "/etc/"+dir)
+		}
+	}
+	return a
 }
 
 // hostArgs shows the programs of the host below root, "/" but for tests.
@@ -106,20 +133,23 @@ func same(root, name string) []string {
 // imageArgs shows a root folder read-only as /, but for what every box has itself.
 // Account files of ours replace those the image has. Only what is at the top is
 // bound, for bwrap must be able to make mount points beside it.
-func imageArgs(root, etc string) ([]string, error) {
+func imageArgs(root, etc string, mounts ...box.Mount) ([]string, error) {
 	es, err := os.ReadDir(root)
 	if err != nil {
 		return nil, fmt.Errorf("image: %w", err)
 	}
 	var a []string
 	for _, e := range es {
+		if slices.ContainsFunc(mounts, func(m box.Mount) bool { return m.Box == "/"+e.Name() }) {
+			continue // it may be a link
+		}
 		switch e.Name() {
 		case "proc", "dev", "sys", "run", "tmp", "home", "src", "build", ".raid", "lost+found", "mnt", "media", "boot", "var":
 		default:
 			a = append(a, same(root, e.Name())...)
 		}
 	}
-	for _, name := range folders(filepath.Join(root, "var")) {
+	for _, name := range machine.Folders(filepath.Join(root, "var")) {
 		if name != "tmp" {
 			a = append(a, same(root, filepath.Join("var", name))...)
 		}
@@ -133,27 +163,29 @@ func imageArgs(root, etc string) ([]string, error) {
 	return a, nil
 }
 
-// gpuArgs gives the nodes of GPUs and no others, and what the driver's libraries look
+// gpuArgs gives the nodes of GPUs and no others, and what the drivers' libraries look
 // for in /sys. host is the root of the file system, "/" but for tests.
 func gpuArgs(host string, gpus []gpu.Device) (a []string) {
 	if len(gpus) == 0 {
 		return nil
 	}
-	node := func(name string) {
-		a = append(a, "--dev-bind-try", filepath.Join(host, "dev", name), "/dev/"+name)
+	for _, n := range gpu.Nodes(host, gpus) {
+		a = append(a, "--dev-bind-try", filepath.Join(host, n), n)
 	}
-	for _, name := range [...]string{"nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset"} {
-		node(name)
-	}
-	for _, name := range [...]string{"sys/devices/system/cpu", "sys/devices/system/node", "sys/module/nvidia", "sys/module/nvidia_uvm"} {
+	for _, name := range [...]string{"sys/devices/system/cpu", "sys/devices/system/node", "sys/module/nvidia", "sys/module/nvidia_uvm",
+		"sys/module/amdgpu", "sys/devices/virtual/kfd"} {
 		a = append(a, "--ro-bind-try", filepath.Join(host, name), "/"+name)
 	}
+	if slices.ContainsFunc(gpus, func(g gpu.Device) bool { return g.Maker == gpu.AMD }) {
+		a = append(a, "--symlink", "../../devices/virtual/kfd/kfd", "/sys/class/kfd/kfd")
+	}
+	var seen []string // two slices of one GPU share its address
 	for _, g := range gpus {
-		node("nvidia" + strconv.Itoa(g.Minor))
-		for _, n := range migNodes(host, g.Minor) {
-			node("nvidia-caps/nvidia-cap" + strconv.Itoa(n))
+		if g.PCI == "" || slices.Contains(seen, g.PCI) {
+			continue
 		}
-		if real, err := filepath.EvalSymlinks(filepath.Join(host, "sys/bus/pci/devices", g.PCI)); err == nil && g.PCI != "" {
+		seen = append(seen, g.PCI)
+		if real, err := filepath.EvalSymlinks(filepath.Join(host, "sys/bus/pci/devices", g.PCI)); err == nil {
 			rel, _ := filepath.Rel(host, real)
 			a = append(a, "--ro-bind", real, "/"+rel, "--symlink", "../../../../"+rel, "/sys/bus/pci/devices/"+g.PCI)
 		}
@@ -161,23 +193,18 @@ func gpuArgs(host string, gpus []gpu.Device) (a []string) {
 	return a
 }
 
-// migNodes returns the minor numbers of the nodes under which the MIG slices of a GPU
-// can be opened: /proc/driver/nvidia/capabilities/gpu<minor>/mig/gi<G>[/ci<C>]/access
-// ("NVIDIA Multi-Instance GPU User Guide", device nodes).
-func migNodes(host string, minor int) (ns []int) {
-	base := filepath.Join(host, "proc/driver/nvidia/capabilities", "gpu"+strconv.Itoa(minor), "mig")
-	gis, _ := filepath.Glob(filepath.Join(base, "gi*", "access"))
-	cis, _ := filepath.Glob(filepath.Join(base, "gi*", "ci*", "access"))
-	for _, f := range slices.Concat(gis, cis) {
-		b, _ := os.ReadFile(f)
-		for line := range strings.Lines(string(b)) {
-			k, v, _ := strings.Cut(line, ":")
-			if n, err := strconv.Atoi(strings.TrimSpace(v)); err == nil && k == "DeviceFileMinor" {
-				ns = append(ns, n)
-			}
+// driverArgs gives an image the machine's own driver, which no image can bring: it has
+// to fit the kernel's module. It lies where environment's PATH and LD_LIBRARY_PATH
+// look, for nothing can be added to the image's folders.
+func driverArgs(fs []gpu.File) (a []string) {
+	for _, f := range fs {
+		dir := gpu.BoxLibraries
+		if f.Tool {
+			dir = gpu.BoxTools
 		}
+		a = append(a, "--ro-bind-try", f.Path, dir+"/"+f.Name)
 	}
-	return ns
+	return a
 }
 
 // etcText are the files of /etc that we write.
@@ -197,9 +224,13 @@ var etcOurs = []string{"passwd", "group", "hosts", "nsswitch.conf", "resolv.conf
 // etcCopied are the parts of the host's /etc that programs below /usr need, and that
 // say nothing about the host's people. Only what everybody may read is copied.
 var etcCopied = []string{"ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime",
-	"ssl/certs", "ssl/openssl.cnf", "pki/tls/certs", "pki/ca-trust/extracted", "crypto-policies",
+	"ssl/openssl.cnf", "crypto-policies",
 	"OpenCL/vendors", "vulkan/icd.d", "glvnd", "fonts", "protocols", "services", "mime.types",
 	"java-*", "python3*", "perl", "openmpi", "magic"}
+
+// etcCertificates are hundreds of files, for boxes with a network only: those see the
+// host's, as far as the box's user may read them.
+var etcCertificates = []string{"ssl/certs", "pki/tls/certs", "pki/ca-trust/extracted"}
 
 // writeEtc makes the /etc of boxes anew. It is a copy and not a bind of each, for
 // every mount costs a box some of its start.
@@ -207,13 +238,20 @@ func writeEtc(dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
-	if err := makeDir(dir, 0o755); err != nil {
+	if err := machine.MakeDir(dir, 0o755); err != nil {
 		return err
 	}
 	for _, pattern := range etcCopied {
 		found, _ := filepath.Glob(filepath.Join("/etc", pattern))
 		for _, f := range found {
 			if err := copyTree(filepath.Join(dir, strings.TrimPrefix(f, "/etc/")), f); err != nil {
+				return err
+			}
+		}
+	}
+	for _, name := range etcCertificates {
+		if i, err := os.Stat(filepath.Join("/etc", name)); err == nil && i.IsDir() {
+			if err := makeDirs(filepath.Join(dir, name)); err != nil {
 				return err
 			}
 		}
@@ -288,5 +326,5 @@ func makeDirs(dir string) error {
 	if err := makeDirs(filepath.Dir(dir)); err != nil {
 		return err
 	}
-	return makeDir(dir, 0o755)
+	return machine.MakeDir(dir, 0o755)
 }

@@ -1,17 +1,11 @@
 package bwrap
 
 import (
-	"context"
-	"encoding/binary"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
-
-	"golang.org/x/net/bpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/rai-project/raid/runner/gpu"
 )
@@ -67,6 +61,29 @@ func TestImageArgs(t *testing.T) {
 	}
 }
 
+func TestDriverArgs(t *testing.T) {
+	got := strings.Join(driverArgs([]gpu.File{{Name: "libcuda.so.1", Path: "/usr/lib/libcuda.so.550.1"}, {Name: "nvidia-smi", Path: "/usr/bin/nvidia-smi", Tool: true}}), " ")
+	want := "--ro-bind-try /usr/lib/libcuda.so.550.1 /.raid/nvidia/lib/libcuda.so.1 --ro-bind-try /usr/bin/nvidia-smi /.raid/nvidia/bin/nvidia-smi"
+	if got != want {
+		t.Errorf("driverArgs = %s\nwant %s", got, want)
+	}
+}
+
+// TestGPUArgsOfSlices has two slices of one GPU, and a GPU of another maker.
+func TestGPUArgsOfSlices(t *testing.T) {
+	root := host(t, "sys/devices/pci0000:00/0000:65:00.0/", "sys/bus/pci/devices/0000:65:00.0->../../../devices/pci0000:00/0000:65:00.0")
+	two := text(root, gpuArgs(root, []gpu.Device{{PCI: "0000:65:00.0", Slice: &gpu.MIG{}}, {PCI: "0000:65:00.0", Slice: &gpu.MIG{GI: 1}}}))
+	if n := strings.Count(two, "--symlink"); n != 1 {
+		t.Errorf("%d links to the address of one GPU, want 1: %s", n, two)
+	}
+	amd := text(root, gpuArgs(root, []gpu.Device{{Maker: gpu.AMD, Minor: 128}}))
+	for _, want := range []string{"@/dev/kfd /dev/kfd", "@/dev/dri/renderD128 /dev/dri/renderD128", "--symlink ../../devices/virtual/kfd/kfd /sys/class/kfd/kfd"} {
+		if !strings.Contains(amd, want) || strings.Contains(amd, "/dev/nvidia") {
+			t.Errorf("gpuArgs = %s, want %s in it, and no node of NVIDIA's", amd, want)
+		}
+	}
+}
+
 func TestGPUArgs(t *testing.T) {
 	caps := "proc/driver/nvidia/capabilities/gpu3/mig/"
 	root := host(t, "sys/devices/pci0000:00/0000:65:00.0/", "sys/bus/pci/devices/0000:65:00.0->../../../devices/pci0000:00/0000:65:00.0",
@@ -115,33 +132,6 @@ func TestWriteEtc(t *testing.T) {
 	}
 }
 
-func TestUsed(t *testing.T) {
-	root := host(t, "a/b/", "c->/usr")
-	if err := os.WriteFile(filepath.Join(root, "a", "f"), make([]byte, 1<<20), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Link(filepath.Join(root, "a", "f"), filepath.Join(root, "a", "b", "g")); err != nil {
-		t.Fatal(err)
-	}
-	sparse := filepath.Join(root, "sparse")
-	if err := os.WriteFile(sparse, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(sparse, 1<<40); err != nil {
-		t.Fatal(err)
-	}
-	if n := used(context.Background(), root, 1<<40); n < 1<<20 || n > 1<<20+64<<10 {
-		t.Errorf("used = %d, want 1 MiB and a little: links, holes and the outside count nothing", n)
-	}
-	deep := strings.Repeat("d/", maxDepth+10)
-	if err := os.MkdirAll(filepath.Join(root, deep), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if n := used(context.Background(), root, 1<<40); n <= 1<<40 {
-		t.Errorf("used = %d for a tree of %d levels, want over the limit", n, maxDepth+10)
-	}
-}
-
 func TestExplain(t *testing.T) {
 	for _, c := range []struct{ text, want string }{
 		{"bwrap: setting up uid map: Permission denied\n", "apparmor_parser"},
@@ -171,86 +161,6 @@ func TestWeakness(t *testing.T) {
 	} {
 		if got := weakness(c.missing, c.sameUser, c.disk); got != c.want {
 			t.Errorf("weakness(%v, %v, %v) = %q, want %q", c.missing, c.sameUser, c.disk, got, c.want)
-		}
-	}
-}
-
-func TestTail(t *testing.T) {
-	var b tail
-	b.Write([]byte("first"))
-	b.Write(make([]byte, 3*tailSize))
-	b.Write([]byte("last"))
-	if got := b.String(); len(got) != tailSize || !strings.HasSuffix(got, "\x00last") {
-		t.Errorf("tail holds %d bytes ending in %q, want %d and last", len(got), got[len(got)-5:], tailSize)
-	}
-}
-
-// TestFilter runs the filter on calls that a box cannot be made to do.
-func TestFilter(t *testing.T) {
-	raw, err := seccompFilter()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var prog []bpf.Instruction
-	for ; len(raw) > 0; raw = raw[8:] {
-		prog = append(prog, bpf.RawInstruction{Op: binary.NativeEndian.Uint16(raw), Jt: raw[2], Jf: raw[3], K: binary.NativeEndian.Uint32(raw[4:])}.Disassemble())
-	}
-	vm, err := bpf.NewVM(prog)
-	if err != nil {
-		t.Fatal(err)
-	}
-	const (
-		eperm  = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
-		enosys = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
-		noFam  = unix.SECCOMP_RET_ERRNO | uint32(unix.EAFNOSUPPORT)
-		ok     = unix.SECCOMP_RET_ALLOW
-	)
-	here := auditArch[runtime.GOARCH]
-	for _, c := range []struct {
-		name     string
-		arch, nr uint32
-		args     []uint32
-		want     uint32
-	}{
-		{"read", here, unix.SYS_READ, nil, ok},
-		{"ptrace", here, unix.SYS_PTRACE, nil, ok},
-		{"i386 anything", unix.AUDIT_ARCH_I386, 1, nil, unix.SECCOMP_RET_KILL_PROCESS},
-		{"mount", here, unix.SYS_MOUNT, nil, eperm},
-		{"last of the list", here, unix.SYS_ADJTIMEX, nil, eperm},
-		{"clone3", here, unix.SYS_CLONE3, nil, enosys},
-		{"open_tree_attr", here, 467, nil, enosys},
-		{"fork", here, unix.SYS_CLONE, []uint32{uint32(unix.SIGCHLD)}, ok},
-		{"thread", here, unix.SYS_CLONE, []uint32{unix.CLONE_VM | unix.CLONE_THREAD | unix.CLONE_SIGHAND}, ok},
-		{"new pid namespace", here, unix.SYS_CLONE, []uint32{unix.CLONE_NEWPID}, eperm},
-		{"unix socket", here, unix.SYS_SOCKET, []uint32{unix.AF_UNIX, 1, 0}, ok},
-		{"inet6 socket", here, unix.SYS_SOCKET, []uint32{unix.AF_INET6, 1, 0}, ok},
-		{"route socket", here, unix.SYS_SOCKET, []uint32{unix.AF_NETLINK, 3, 0}, ok},
-		{"kobject socket", here, unix.SYS_SOCKET, []uint32{unix.AF_NETLINK, 3, unix.NETLINK_KOBJECT_UEVENT}, noFam},
-		{"packet socket", here, unix.SYS_SOCKET, []uint32{unix.AF_PACKET, 3, 0}, noFam},
-		{"tipc pair", here, unix.SYS_SOCKETPAIR, []uint32{unix.AF_TIPC, 1, 0}, noFam},
-		{"gdb", here, unix.SYS_PERSONALITY, []uint32{0x0040000}, ok},
-		{"mmap zero", here, unix.SYS_PERSONALITY, []uint32{0x0100000}, eperm},
-		{"winsize", here, unix.SYS_IOCTL, []uint32{0, unix.TIOCGWINSZ}, ok},
-		{"sti", here, unix.SYS_IOCTL, []uint32{0, unix.TIOCSTI}, eperm},
-		{"linux", here, unix.SYS_IOCTL, []uint32{0, tioclinux}, eperm},
-	} {
-		// The VM reads big endian, the kernel native: so each word is laid out for it.
-		b := make([]byte, 64)
-		binary.BigEndian.PutUint32(b[offNr:], c.nr)
-		binary.BigEndian.PutUint32(b[offArch:], c.arch)
-		for i, a := range c.args {
-			binary.BigEndian.PutUint32(b[offArgs+8*i:], a)
-		}
-		if got, err := vm.Run(b); err != nil || uint32(got) != c.want {
-			t.Errorf("%s: %#x, %v, want %#x", c.name, got, err, c.want)
-		}
-	}
-	if runtime.GOARCH == "amd64" {
-		b := make([]byte, 64)
-		binary.BigEndian.PutUint32(b[offNr:], 0x40000000) // x32's read
-		binary.BigEndian.PutUint32(b[offArch:], here)
-		if got, _ := vm.Run(b); uint32(got) != enosys {
-			t.Errorf("x32: %#x, want %#x", got, enosys)
 		}
 	}
 }

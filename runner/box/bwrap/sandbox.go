@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"sync"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/box/machine"
 	"github.com/rai-project/raid/runner/job"
 )
 
@@ -29,11 +29,11 @@ import (
 type sandbox struct {
 	name  string
 	e     *Engine
-	disk  *disk
+	disk  *machine.Disk
 	group *group
 
 	stdin, stdout *os.File
-	stderr        tail
+	stderr        machine.Tail
 
 	cmd  *exec.Cmd
 	ok   bool // bwrap exited with 0; set before done is closed
@@ -56,11 +56,8 @@ const (
 
 // start starts a box that runs argv.
 func (e *Engine) start(ctx context.Context, c box.Config, argv []string) (_ *sandbox, err error) {
-	if !validName.MatchString(c.ID) {
-		return nil, fmt.Errorf("bad box ID %q", c.ID)
-	}
-	if !e.reserve(c.ID) {
-		return nil, errors.New("a box of this ID is open")
+	if err := e.names.Open(c.ID); err != nil {
+		return nil, err
 	}
 	b := &sandbox{name: c.ID, e: e, init: -1, done: make(chan struct{})}
 	started := false
@@ -70,19 +67,29 @@ func (e *Engine) start(ctx context.Context, c box.Config, argv []string) (_ *san
 				close(b.done)
 			}
 			closeErr := b.Close()
-			if b.exit.Detail != "" {
+			switch {
+			case ctx.Err() != nil: // whatever it did to what was under way
+				err = context.Cause(ctx)
+			case b.exit.Detail != "":
 				err = fmt.Errorf("%w: %s", err, explain(b.exit.Detail))
 			}
 			err = errors.Join(err, closeErr)
 		}
 	}()
-	if b.disk, err = e.newDisk(ctx, filepath.Join(e.boxes(), c.ID), c.Limits.Disk); err != nil {
+	if b.disk, err = e.disks.New(ctx, c.ID, c.Limits.Disk); err != nil {
 		return nil, fmt.Errorf("make its disk: %w", err)
+	}
+	for _, m := range c.Mounts {
+		if m.Write && e.uid >= 0 {
+			if err := os.Chown(m.Host, e.uid, e.uid); err != nil {
+				return nil, fmt.Errorf("give it %s: %w", m.Box, err)
+			}
+		}
 	}
 	if b.group, err = e.forest.make(c.ID, c.Limits); err != nil {
 		return nil, fmt.Errorf("make its cgroup: %w", err)
 	}
-	args, err := e.args(c, b.disk, argv)
+	args, err := e.args(ctx, c, b.disk, argv)
 	if err != nil {
 		return nil, err
 	}
@@ -101,18 +108,7 @@ func (e *Engine) start(ctx context.Context, c box.Config, argv []string) (_ *san
 	if err := b.handshake(ctx, w); err != nil {
 		return nil, err
 	}
-	return b, nil
-}
-
-// reserve notes that a box is open, unless one of that name is.
-func (e *Engine) reserve(name string) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.open[name] {
-		return false
-	}
-	e.open[name] = true
-	return true
+	return b, context.Cause(ctx) // which handshake may not have heard of in time
 }
 
 // wires are descriptors that live only while a box starts.
@@ -154,7 +150,7 @@ func (b *sandbox) wire(args []string) (w *wires, err error) {
 			c.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, 1<<20) })
 		}
 	}
-	filter, err := os.Open(b.e.seccomp())
+	filter, err := os.Open(b.e.filter())
 	if err != nil {
 		return w, err
 	}
@@ -197,14 +193,14 @@ func (b *sandbox) own(forked chan<- error, ready <-chan struct{}, w *wires) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var helpers sync.WaitGroup
 	helpers.Go(func() { io.Copy(&b.stderr, w.stderr); w.stderr.Close() })
-	helpers.Go(func() { b.disk.watch(ctx, b.Kill) })
+	helpers.Go(func() { b.disk.Watch(ctx, b.Kill) })
 	forked <- nil
 	b.ok = b.cmd.Wait() == nil
 	<-ready // the handshake may still be setting init
 	b.finish()
 	cancel()
 	helpers.Wait()
-	b.exit = box.Exit{OOMKills: b.group.ooms(), DiskFull: b.disk.full(), Detail: b.stderr.String()}
+	b.exit = box.Exit{OOMKills: b.group.ooms(), DiskFull: b.disk.Full(), Detail: b.stderr.String()}
 }
 
 // finish waits for what outlives bwrap: it may have been killed first.
@@ -245,10 +241,10 @@ func (b *sandbox) handshake(ctx context.Context, w *wires) error {
 		Child int `json:"child-pid"`
 	}
 	if err := json.NewDecoder(w.info).Decode(&info); err != nil {
-		return b.failed(ctx, err)
+		return failed(err)
 	}
 	if err := b.adopt(info.Child); err != nil {
-		return b.failed(ctx, err)
+		return failed(err)
 	}
 	defer context.AfterFunc(ctx, func() { w.gate.SetReadDeadline(time.Unix(1, 0)) })()
 	c, err := w.gate.SyscallConn()
@@ -259,18 +255,13 @@ func (b *sandbox) handshake(ctx context.Context, w *wires) error {
 		return err
 	}
 	if _, err := io.Copy(io.Discard, w.gate); err != nil {
-		return b.failed(ctx, err)
+		return failed(err)
 	}
-	return b.disk.letGo()
+	return b.disk.LetGo()
 }
 
-// failed says why the box did not start: the context, or bwrap; start adds its words.
-func (b *sandbox) failed(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return fmt.Errorf("bwrap failed: %w", err)
-}
+// failed is for what bwrap did; start adds its words.
+func failed(err error) error { return fmt.Errorf("bwrap failed: %w", err) }
 
 // boxOOM is the oom_score_adj of a box. When the whole machine runs out of memory a
 // box goes before the host's services, and a step (1000) before its shim. As root
@@ -300,12 +291,9 @@ func (b *sandbox) Stdin() io.WriteCloser { return b.stdin }
 // Stdout implements [box.Box].
 func (b *sandbox) Stdout() io.Reader { return b.stdout }
 
-// Limit implements [box.Box]. The disk keeps the size it was made with.
+// Limit implements [box.Box]. The disk cannot grow beyond what it was made with.
 func (b *sandbox) Limit(l job.Limits) error {
-	if l.Disk != b.disk.limit {
-		return fmt.Errorf("box %s: its disk has %d bytes and cannot have %d", b.name, b.disk.limit, l.Disk)
-	}
-	if err := b.group.limit(l); err != nil {
+	if err := errors.Join(b.disk.Shrink(l.Disk), b.group.limit(l)); err != nil {
 		return fmt.Errorf("box %s: %w", b.name, err)
 	}
 	return nil
@@ -365,34 +353,8 @@ func (b *sandbox) release() error {
 		errs = append(errs, b.group.remove())
 	}
 	if b.disk != nil {
-		errs = append(errs, b.disk.remove())
+		errs = append(errs, b.disk.Remove())
 	}
-	b.e.mu.Lock()
-	delete(b.e.open, b.name)
-	b.e.mu.Unlock()
+	b.e.names.Close(b.name)
 	return errors.Join(errs...)
-}
-
-// A tail keeps the last bytes written to it.
-type tail struct {
-	mu  sync.Mutex
-	buf []byte
-}
-
-const tailSize = 16 << 10
-
-func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.buf = append(t.buf, p[max(0, len(p)-tailSize):]...)
-	if n := len(t.buf) - tailSize; n > 0 {
-		t.buf = append(t.buf[:0], t.buf[n:]...)
-	}
-	return len(p), nil
-}
-
-func (t *tail) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return string(t.buf)
 }

@@ -1,10 +1,17 @@
-package bwrap
+// Package seccomp is the filter that keeps the code of jobs away from parts of the
+// kernel no job needs: mounts, namespaces, io_uring, odd sockets, the machine itself.
+//
+// It forbids what is known to be dangerous and allows the rest, so it stands beside an
+// engine's own list and does not replace one. What the kernel has only so many of for the
+// whole machine no job can have either.
+package seccomp
 
 import (
 	"encoding/binary"
 	"fmt"
 	"runtime"
 	"slices"
+	"unsafe"
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
@@ -39,10 +46,11 @@ var forbidden = []uint32{
 
 // Calls that fail with ENOSYS, as on an older kernel, because libraries then fall
 // back: clone3 hides its flags from a filter, so libc must use clone; libuv and
-// others use epoll without io_uring.
+// others use epoll without io_uring. The contexts of io_setup are counted for the whole
+// machine (fs.aio-max-nr): one job could leave its databases without any.
 var absent = []uint32{
 	unix.SYS_CLONE3,
-	unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER, unix.SYS_IO_URING_REGISTER,
+	unix.SYS_IO_SETUP, unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER, unix.SYS_IO_URING_REGISTER,
 	unix.SYS_OPEN_TREE, unix.SYS_MOVE_MOUNT, unix.SYS_FSOPEN, unix.SYS_FSCONFIG,
 	unix.SYS_FSMOUNT, unix.SYS_FSPICK, unix.SYS_MOUNT_SETATTR,
 	467, // open_tree_attr, Linux 6.15
@@ -59,10 +67,13 @@ var personalities = []uint32{0, 0x0040000, 0x0008, 0xffffffff}
 // families of sockets a job may open. Of netlink only NETLINK_ROUTE, protocol 0.
 var families = []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6}
 
-// seccompFilter returns the filter as struct sock_filter[], what bwrap --seccomp
+// Filter returns the filter as struct sock_filter[], what bwrap --seccomp
 // reads. Each rule that looks at arguments ends the filter for its call, so that the
 // kernel can cache the verdict of all others.
-func seccompFilter() ([]byte, error) {
+func Filter() ([]byte, error) { return filter(nil) }
+
+// filter is Filter with more calls, which fail with EMFILE.
+func filter(crowded []uint32) ([]byte, error) {
 	arch, ok := auditArch[runtime.GOARCH]
 	if !ok {
 		return nil, fmt.Errorf("no seccomp filter for %s", runtime.GOARCH)
@@ -87,7 +98,37 @@ func seccompFilter() ([]byte, error) {
 	for _, nr := range absent {
 		p = append(p, rule(nr, []bpf.Instruction{fail(unix.ENOSYS)})...)
 	}
+	for _, nr := range crowded {
+		p = append(p, rule(nr, []bpf.Instruction{fail(unix.EMFILE)})...)
+	}
 	return assemble(append(p, allow))
+}
+
+// Install puts the filter on every thread of this process, for good and for all it
+// starts. It takes no privilege. It also refuses inotify: in a container an instance counts
+// as one of the machine's root, who has 128 (fs.inotify.max_user_instances), even where
+// the engine maps users. Programs fall back to looking now and then, as tail -f does.
+func Install() error {
+	raw, err := filter(inotify)
+	if err != nil {
+		return err
+	}
+	var rules []unix.SockFilter
+	for ; len(raw) > 0; raw = raw[8:] {
+		rules = append(rules, unix.SockFilter{Code: binary.NativeEndian.Uint16(raw), Jt: raw[2], Jf: raw[3], K: binary.NativeEndian.Uint32(raw[4:])})
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no new privileges: %w", err)
+	}
+	prog := unix.SockFprog{Len: uint16(len(rules)), Filter: &rules[0]}
+	thread, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&prog)))
+	if e != 0 {
+		return fmt.Errorf("install seccomp filter: %w", e)
+	}
+	if thread != 0 {
+		return fmt.Errorf("install seccomp filter: thread %d has another", thread)
+	}
+	return nil
 }
 
 // auditArch is AUDIT_ARCH_* of <linux/audit.h> by GOARCH: little endian 64-bit

@@ -1,6 +1,9 @@
-package bwrap
+package seccomp
 
 import "golang.org/x/sys/unix"
+
+// inotify are the calls that make an instance.
+var inotify = []uint32{unix.SYS_INOTIFY_INIT, unix.SYS_INOTIFY_INIT1}
 
 // archForbidden are calls that only some machines have.
 var archForbidden = []uint32{
