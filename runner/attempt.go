@@ -47,7 +47,9 @@ func (r *Runner) newAttempt(o job.Offer) (*attempt, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := writeJSON(filepath.Join(dir, "offer.json"), o); err != nil {
+	kept := o
+	kept.Push = nil // no secret lies on a disk here
+	if err := writeJSON(filepath.Join(dir, "offer.json"), kept); err != nil {
 		return nil, errors.Join(err, a.remove())
 	}
 	if o.Say != "" {

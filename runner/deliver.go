@@ -18,6 +18,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/crypto/ssh"
+
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/runner/job"
 )
@@ -274,8 +276,8 @@ func (a *attempt) sendArchive(w io.Writer, from int64) error {
 }
 
 // sendSource fetches the checked tar of a job and writes it into a box as frames. A
-// connection that breaks costs no attempt: raid makes the same tar again, and what the
-// box has of it is left out.
+// connection that breaks, or a raid that is about to stop, costs no attempt: raid makes
+// the same tar again, and what the box has of it is left out.
 func (r *Runner) sendSource(ctx context.Context, l job.Lease, w io.Writer) error {
 	f := &fetch{box: w, sum: sha256.New()}
 	for wait := retryMin; ; wait = min(2*wait, retryMax) {
@@ -290,7 +292,7 @@ func (r *Runner) sendSource(ctx context.Context, l job.Lease, w io.Writer) error
 		if cause := context.Cause(ctx); cause != nil {
 			return cause
 		}
-		if !errors.Is(err, dial.ErrLost) {
+		if !passes(err) {
 			return fmt.Errorf("fetch the source: %w", err)
 		}
 		r.Logf("job %d: fetch the source: %v", l.Job, err)
@@ -301,6 +303,16 @@ func (r *Runner) sendSource(ctx context.Context, l job.Lease, w io.Writer) error
 	}
 }
 
+// errLater is raid's word that it cannot do something just now.
+var errLater = errors.New("raid cannot do it at the moment")
+
+// passes reports whether an error says nothing about the source: the connection was
+// lost, or raid, which may be stopping, opened no session or said to try later.
+func passes(err error) bool {
+	var refused *ssh.OpenChannelError
+	return errors.Is(err, dial.ErrLost) || errors.Is(err, errLater) || errors.As(err, &refused)
+}
+
 // A fetch is a source on its way into a box.
 type fetch struct {
 	box  io.Writer
@@ -308,8 +320,7 @@ type fetch struct {
 	sum  hash.Hash // of them
 }
 
-// once opens one session and sends what the box has not. The error wraps dial.ErrLost
-// when it may be tried again.
+// once opens one session and sends what the box has not.
 func (f *fetch) once(ctx context.Context, client *dial.Client, l job.Lease) error {
 	s, err := client.Start(ctx, fmt.Sprintf("runner source %d %d", l.Job, l.Fence), nil)
 	if err != nil {
@@ -351,8 +362,11 @@ func (f *fetch) skip(s *dial.Session) error {
 // ended says why a session has no more to read, nil when all was well.
 func ended(s *dial.Session) error {
 	exit, err := s.Wait()
-	if err == nil && exit != 0 {
-		err = fmt.Errorf("raid refused with status %d", exit)
+	switch {
+	case err != nil || exit == 0:
+		return err
+	case exit == job.ExitTryLater:
+		return errLater
 	}
-	return err
+	return fmt.Errorf("raid refused with status %d", exit)
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
 )
 
@@ -26,10 +27,15 @@ const (
 // An execution is one attempt in its box.
 type execution struct {
 	*attempt
-	engine  box.Engine
 	box     box.Box
+	mounts  []box.Mount
+	rest    sync.WaitGroup // reads what the box says after its result
 	logf    func(string, ...any)
 	granted time.Time
+
+	built box.Built // the image it runs in, nil for one that others made
+	began time.Time // when its build did, and with it the job's clock
+	limit time.Duration
 
 	ready     chan struct{} // closed at the Ready frame
 	started   chan struct{} // closed at Begun
@@ -48,15 +54,18 @@ type execution struct {
 }
 
 // execute runs an attempt to its result. It returns when the box is gone.
-func (r *Runner) execute(ctx context.Context, a *attempt, warm *warmBox) {
-	x := &execution{attempt: a, engine: r.Engine, logf: r.Logf, granted: time.Now(),
+func (r *Runner) execute(ctx context.Context, a *attempt, warm *shelf) {
+	x := &execution{attempt: a, logf: r.Logf, granted: time.Now(), limit: a.offer.Spec.Limits.Time,
 		ready: make(chan struct{}), started: make(chan struct{}), collect: make(chan struct{})}
-	if n, ok := r.Engine.(box.Noter); ok {
-		if line := n.Note(a.offer.Spec.Image); line != "" {
-			a.say(line)
-		}
-	}
+	var unmount func()
+	x.mounts, unmount = r.mountsFor(ctx, a)
+	defer unmount() // last of all
+	defer x.leave() // no result waits for an engine to tidy up
 	res, err := x.run(ctx, r, warm)
+	var refused *box.RefusedError
+	if errors.As(err, &refused) {
+		res, err = job.Result{Reason: job.ReasonExit, Exit: job.ExitRefused, Note: refused.Why}, nil
+	}
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, errOrphan) {
 			r.Logf("job %d: ended without a result: %v", a.offer.Job, cause)
@@ -66,7 +75,10 @@ func (r *Runner) execute(ctx context.Context, a *attempt, warm *warmBox) {
 		r.Logf("job %d: %v", a.offer.Job, err)
 		res = job.Result{Reason: job.ReasonInfra, Exit: job.ExitInfra, Note: infraNote(err)}
 	}
-	res.Engine, res.Weakness, res.Image = r.Engine.Name(), r.Engine.Weakness(), a.offer.Spec.Image
+	res.Engine, res.Weakness, res.Image = r.Engine.Name(), r.Engine.Weakness(), r.imageOf(a.offer)
+	if b, ok := x.box.(box.Imaged); ok {
+		res.ImageDigest = b.Image().Digest
+	}
 	r.describeGPU(&res, a.offer.Spec.GPUs)
 	res.OutBytes = x.printed
 	if err := a.conclude(&res); err != nil {
@@ -80,25 +92,44 @@ func infraNote(err error) string {
 	return line
 }
 
-func (r *Runner) describeGPU(res *job.Result, n int) {
-	var models []string
-	for _, g := range r.GPUs[:min(n, len(r.GPUs))] {
-		models = append(models, g.Model)
-		res.GPUDriver = g.Driver
+// imageOf returns the name of the image a job runs in, "" for none.
+func (r *Runner) imageOf(o job.Offer) string {
+	if o.Spec.Build != nil {
+		return o.Spec.Build.Name
 	}
-	res.GPU = strings.Join(models, ", ")
+	if rules := r.Rules[o.Pool]; rules != nil {
+		return rules.Images.Of(o.Spec.Image)
+	}
+	return o.Spec.Image
 }
 
-// run is the life of a box: start, order, source, drain, verdict, removal.
-func (x *execution) run(ctx context.Context, r *Runner, warm *warmBox) (res job.Result, err error) {
-	if x.box, err = r.boxFor(ctx, x.offer, warm); err != nil {
+// describeGPU records what a job had, so that its times can be compared.
+func (r *Runner) describeGPU(res *job.Result, n int) {
+	gpus := r.GPUs[:min(n, len(r.GPUs))]
+	res.GPU, res.GPUUUID, res.GPUMemoryMB = gpu.Models(gpus), gpu.UUIDs(gpus), gpu.LeastMemoryMB(gpus)
+	if len(gpus) > 0 {
+		res.GPUDriver = gpus[0].Driver
+	}
+}
+
+// run is the life of a box: start, order, source, drain, verdict. leave must follow.
+func (x *execution) run(ctx context.Context, r *Runner, warm *shelf) (res job.Result, err error) {
+	if x.offer.Spec.Build == nil {
+		x.box, err = r.boxFor(ctx, x.attempt, x.mounts, warm)
+	} else {
+		over, berr := x.build(ctx, r)
+		if berr != nil {
+			return res, berr
+		}
+		if over != nil {
+			x.times(over, time.Now())
+			return x.push(ctx, r, *over)
+		}
+		x.box, err = r.boxIn(ctx, x)
+	}
+	if err != nil {
 		return res, err
 	}
-	defer func() {
-		if cerr := x.box.Close(); cerr != nil {
-			x.logf("job %d: remove the box: %v", x.offer.Job, cerr)
-		}
-	}()
 	err = x.live(ctx, r)
 	if cause := context.Cause(ctx); cause != nil && x.final == nil {
 		return res, cause
@@ -106,9 +137,28 @@ func (x *execution) run(ctx context.Context, r *Runner, warm *warmBox) (res job.
 	if err != nil && !x.begun.Load() {
 		return res, err
 	}
-	// A shim that has closed its stdout is about to exit; no box may hold the slot.
+	// A shim that has said its last word is about to exit; no box may hold the slot.
 	defer time.AfterFunc(shimGrace, x.box.Kill).Stop()
-	return x.verdict(x.box.Wait()), nil
+	exit := x.box.Wait()
+	if exit.Lost && x.final == nil && x.why == "" {
+		return res, fmt.Errorf("the %s engine went away under the job", r.Engine.Name())
+	}
+	return x.push(ctx, r, x.verdict(exit))
+}
+
+// leave removes the box, and the image that was built for it, if there are any.
+func (x *execution) leave() {
+	if x.box != nil {
+		if err := x.box.Close(); err != nil {
+			x.logf("job %d: remove the box: %v", x.offer.Job, err)
+		}
+		x.rest.Wait()
+	}
+	if x.built != nil {
+		if err := x.built.Close(); err != nil {
+			x.logf("job %d: %v", x.offer.Job, err)
+		}
+	}
 }
 
 // live talks with the box until all has been said. The error is that of the source or
@@ -140,7 +190,7 @@ func (x *execution) feed(ctx context.Context, r *Runner) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	order, err := json.Marshal(job.BoxOrder{Spec: x.offer.Spec, Env: r.environment(x.offer), Source: x.offer.Source})
+	order, err := json.Marshal(job.BoxOrder{Spec: x.offer.Spec, Env: r.environment(x.offer, x.box, x.mounts), Source: x.offer.Source})
 	if err != nil {
 		return err
 	}
@@ -198,13 +248,17 @@ func (x *execution) endSteps(why job.Reason, armed <-chan time.Time) <-chan time
 	return time.After(termGrace + shimGrace)
 }
 
-// drain reads the box's output to its end. It is always reading: a box that nobody
-// reads cannot even be killed in some engines (moby/moby#41827).
+// drain reads the box's output to its result, and has the rest read: a box that nobody
+// reads cannot even be killed in some engines (moby/moby#41827). The end of the output
+// is not waited for, because some engines are slow to notice it.
 func (x *execution) drain() error {
 	err := x.frames()
-	if !errors.Is(err, io.EOF) {
+	if err != nil && !errors.Is(err, io.EOF) {
 		x.box.Kill() // what speaks no frames is no shim of ours any more
 		io.Copy(io.Discard, x.box.Stdout())
+	}
+	if err == nil {
+		x.rest.Go(func() { io.Copy(io.Discard, x.box.Stdout()) }) // ends with the box
 	}
 	if x.archive != nil {
 		x.archive.Close()
@@ -215,15 +269,14 @@ func (x *execution) drain() error {
 	return err
 }
 
+// frames takes what the box says, up to its result, after which a shim says nothing.
 func (x *execution) frames() error {
 	in := job.NewSplitter(x.box.Stdout())
-	for {
+	for x.final == nil {
 		run, err := in.Next()
 		switch {
 		case err != nil:
 			return err
-		case x.final != nil:
-			return fmt.Errorf("%w: more after the result", job.ErrFrame)
 		case run.Log != nil:
 			err = x.output(run)
 		default:
@@ -233,6 +286,7 @@ func (x *execution) frames() error {
 			return err
 		}
 	}
+	return nil
 }
 
 // output keeps what the job said. A disk that cannot take it costs the output, and
@@ -277,6 +331,7 @@ func (x *execution) signal(run job.Run) error {
 		return x.keepArchive(run.Payload)
 	case job.Final:
 		x.collecting()
+		x.look()
 		var res job.Result
 		if err := json.Unmarshal(run.Payload, &res); err != nil {
 			return fmt.Errorf("%w: result: %w", job.ErrFrame, err)
@@ -304,6 +359,14 @@ func (x *execution) collecting() {
 	default:
 		x.collectAt = time.Now()
 		close(x.collect)
+		x.look()
+	}
+}
+
+// look has the box note how its steps ended, before it ends itself.
+func (x *execution) look() {
+	if b, ok := x.box.(box.Watched); ok {
+		b.Look()
 	}
 }
 

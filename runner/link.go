@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/rai-project/raid/keys/dial"
+	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
 )
 
@@ -30,6 +31,9 @@ func (r *Runner) link(ctx context.Context) {
 		heard, err := r.connect(ctx)
 		if heard {
 			last, wait = time.Now(), retryMin
+		}
+		if errors.Is(err, errLater) { // raid is there, though it cannot save anything
+			last = time.Now()
 		}
 		if ctx.Err() != nil {
 			return
@@ -139,17 +143,23 @@ func readCalls(ctx context.Context, s *dial.Session, calls chan<- job.Call, word
 	if exit == job.ExitRefused {
 		return fmt.Errorf("%w: %s", errRefused, strings.TrimSpace(words.String()))
 	}
+	if exit == job.ExitTryLater {
+		return fmt.Errorf("%w: %s", errLater, strings.TrimSpace(words.String()))
+	}
 	return fmt.Errorf("raid ended the session with status %d: %w", exit, io.EOF)
 }
 
 func (r *Runner) hello() job.Hello {
 	h := job.Hello{Protocol: job.Protocol, Name: r.Name, Pools: r.Pools, Engine: r.Engine.Name(),
-		Arch: r.Arch, Weakness: r.Engine.Weakness(), Express: r.Express, Draining: r.draining()}
+		Arch: r.Arch, Weakness: r.Engine.Weakness(), Builds: r.Builds, Express: r.Express, Draining: r.draining(), GPUArch: gpu.Arch(r.GPUs), GPUMemoryMB: gpu.LeastMemoryMB(r.GPUs)}
+	for pool, rules := range r.Rules {
+		if h.Images == nil {
+			h.Images = map[string]*job.Images{}
+		}
+		h.Images[pool] = &rules.Images
+	}
 	for _, g := range r.GPUs {
 		h.GPUs = append(h.GPUs, g.Model)
-		if h.GPUMemoryMB == 0 || g.MemoryMB < h.GPUMemoryMB {
-			h.GPUMemoryMB = g.MemoryMB
-		}
 	}
 	if a := r.holding(); a != nil {
 		h.Held = &a.offer.Lease
@@ -161,7 +171,7 @@ func (r *Runner) hello() job.Hello {
 func (r *Runner) beat() job.Beat {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	b := job.Beat{Idle: r.idle, Draining: r.draining()}
+	b := job.Beat{Idle: r.idle, Draining: r.draining(), Sick: r.sick}
 	if r.held != nil {
 		b.Held, b.Idle = &r.held.offer.Lease, false
 	}

@@ -14,6 +14,7 @@
 package runner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,11 +25,12 @@ import (
 
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/cache"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
 )
 
-// Config says what a runner is. Every field but the last four is required.
+// Config says what a runner is. Every field but the last nine is required.
 type Config struct {
 	Dir     string // its state folder; the caller holds its lock
 	Name    string // what users see
@@ -38,11 +40,21 @@ type Config struct {
 	GPUs    []gpu.Device
 	Limits  job.Limits // of a warm box, until an order brings its own
 	Dial    func(context.Context) (*dial.Client, error)
-	Orphan  time.Duration // how long a job may run without a word from raid
-	Warm    bool          // keep one started box waiting
-	Local   bool          // raid is on this machine and may read Dir: offer it the files of the log
-	Express bool          // take short jobs only
+	Orphan  time.Duration         // how long a job may run without a word from raid
+	Rules   map[string]*box.Rules // by pool, of an engine with images; nil: it has none and takes any name
+	Builds  *job.Builds           // where images that it builds may go; nil: it builds none
+	Warm    int                   // how many started boxes wait, each for another image
+	Fresh   time.Duration         // how often it is looked whether their images have moved; a minute by default
+	Local   bool                  // raid is on this machine and may read Dir: offer it the files of the log
+	Express bool                  // take short jobs only
 	Logf    func(format string, args ...any)
+	Data    map[string]string // by pool: a folder of data, shown read-only at /data
+	Cache   *cache.Store      // folders that teams keep, shown at /cache; nil for none
+	// Check says what is wrong with the GPUs between two jobs, in a few words; nil is
+	// fine, and a nil Check asks nobody. While it fails the runner takes no job, says so
+	// to raid, and asks again after Recheck, a minute by default, and then ever later.
+	Check   func(context.Context) error
+	Recheck time.Duration
 }
 
 // Why an attempt's context ends.
@@ -51,6 +63,7 @@ var (
 	errOrphan  = errors.New("raid could not be reached for too long")
 	errCut     = errors.New("connection to raid lost")
 	errRefused = errors.New("raid does not take this key for a runner's")
+	errDied    = errors.New("it ended while it waited")
 	errLate    = fmt.Errorf("no answer for %v", beatLate)
 )
 
@@ -62,11 +75,13 @@ type Runner struct {
 	drain  chan struct{} // closed by Drain
 	once   sync.Once
 
-	refused error // why raid does not take this runner; set by link, read after it
+	refused error         // why raid does not take this runner; set by link, read after it
+	recheck time.Duration // how long GPUs that fall ill now are left alone; slot's own
 
 	mu     sync.Mutex // protects the following
 	held   *attempt
 	idle   bool
+	sick   string        // why it takes no job, "" while it is well
 	client *dial.Client  // nil while there is no connection
 	up     chan struct{} // closed when client is set
 }
@@ -109,6 +124,8 @@ func (r *Runner) Run(ctx context.Context) error {
 	linked, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { r.link(linked) })
+	wg.Go(func() { r.sweep(linked) })
+	wg.Go(func() { r.pull(linked) })
 	if left != nil {
 		r.finish(leftover, left)
 	}
@@ -118,21 +135,63 @@ func (r *Runner) Run(ctx context.Context) error {
 	return errors.Join(r.refused, r.Engine.Close())
 }
 
+// sweepEvery is how often what nobody owns is looked for: a container, say, whose
+// engine answered too late.
+const sweepEvery = 5 * time.Minute
+
+func (r *Runner) sweep(ctx context.Context) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := r.Engine.Sweep(ctx); err != nil && ctx.Err() == nil {
+			r.Logf("remove old boxes: %v", err)
+		}
+	}
+}
+
+// pull gets the images that are sure to be needed.
+func (r *Runner) pull(ctx context.Context) {
+	engine, ok := r.Engine.(box.Puller)
+	if !ok {
+		return
+	}
+	var rules []*box.Rules
+	for _, p := range r.Pools {
+		if r.Rules[p] != nil {
+			rules = append(rules, r.Rules[p])
+		}
+	}
+	engine.Pull(ctx, rules, func(line string) { r.Logf("%s", line) })
+}
+
 // slot runs one attempt after the other.
 func (r *Runner) slot(ctx context.Context) {
 	wait := pauseMin
-	warm := r.warmUp(ctx)
-	defer func() { warm.discard() }()
+	warm := newShelf(r)
+	defer warm.close()
+	warm.tend(ctx)
+	used := true // the GPUs, since they were checked: by whom is not known at the start
 	for {
+		if used && !r.checkGPUs(ctx) {
+			return
+		}
+		used = false
 		r.setIdle(true)
 		select {
+		case <-warm.wake:
+			warm.tend(ctx)
 		case <-ctx.Done():
 			return
 		case <-r.drain:
 			return
 		case o := <-r.offers:
 			fault := r.work(ctx, o, warm)
-			warm.discard()
+			used = o.Spec.GPUs > 0
 			if fault {
 				r.pause(ctx, wait)
 				wait = min(2*wait, pauseMax)
@@ -140,7 +199,7 @@ func (r *Runner) slot(ctx context.Context) {
 				wait = pauseMin
 			}
 			if ctx.Err() == nil && !r.draining() {
-				warm = r.warmUp(ctx)
+				warm.tend(ctx)
 			}
 		}
 	}
@@ -162,9 +221,69 @@ func (r *Runner) pause(ctx context.Context, d time.Duration) {
 	}
 }
 
+// recheckMost is how many times Recheck a GPU that is ill again and again has to wait.
+const recheckMost = 16
+
+// checkGPUs returns once the GPUs are well, or false if the runner is to end first. The
+// slot is not idle, and a warm box may be on its way meanwhile. It is asked after the
+// result of a job has gone, so nobody waits for it but the next job.
+func (r *Runner) checkGPUs(ctx context.Context) bool {
+	if r.Check == nil || len(r.GPUs) == 0 {
+		return true
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { // a tool may take its time, and a runner that is told to go has none
+		select {
+		case <-r.drain:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	least := cmp.Or(r.Recheck, time.Minute)
+	for first := true; ; first = false {
+		err := r.Check(ctx)
+		if ctx.Err() != nil {
+			return false
+		}
+		r.setSick(err)
+		switch {
+		case err == nil && first: // it came through a job
+			r.recheck = 0
+			return true
+		case err == nil:
+			r.Logf("the GPUs are well again")
+			return true
+		}
+		r.recheck = min(max(least, 2*r.recheck), recheckMost*least)
+		r.Logf("takes no job: sick: %v; checked again in %v", err, r.recheck)
+		select {
+		case <-time.After(r.recheck):
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+func (r *Runner) setSick(err error) {
+	why := ""
+	if err != nil {
+		why = err.Error()
+	}
+	r.mu.Lock()
+	changed := r.sick != why
+	r.sick = why
+	r.mu.Unlock()
+	if changed {
+		r.beatNow()
+	}
+}
+
 // work carries out one offer from lease to receipt. fault says that it failed, and
 // not by the job's doing.
-func (r *Runner) work(ctx context.Context, o job.Offer, warm *warmBox) (fault bool) {
+func (r *Runner) work(ctx context.Context, o job.Offer, warm *shelf) (fault bool) {
 	a, err := r.newAttempt(o)
 	if err != nil {
 		r.Logf("job %d: %v", o.Job, err)

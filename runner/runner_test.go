@@ -26,6 +26,7 @@ import (
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial"
 	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/sshd"
 	"github.com/rai-project/raid/sshd/queue"
@@ -46,6 +47,7 @@ type fakeEngine struct {
 	boxes   []*fakeBox
 	open    sync.WaitGroup
 	started chan *fakeBox // nil, or told of each
+	refused string        // an image for which no box is made
 }
 
 func (e *fakeEngine) Name() string                { return "fake" }
@@ -54,6 +56,9 @@ func (e *fakeEngine) Sweep(context.Context) error { return nil }
 func (e *fakeEngine) Close() error                { return nil }
 
 func (e *fakeEngine) Start(_ context.Context, c box.Config) (box.Box, error) {
+	if c.Image != "" && c.Image == e.refused {
+		return nil, &box.RefusedError{Why: new(job.Images).NotAllowed(c.Image)}
+	}
 	b := &fakeBox{engine: e, dead: make(chan struct{})}
 	var err error
 	if b.in, b.stdin, err = os.Pipe(); err != nil {
@@ -82,13 +87,26 @@ type fakeBox struct {
 	frames        *job.FrameReader
 	kill, closing sync.Once
 	dead          chan struct{}
+	lost          bool        // set before dead is closed
+	hungry        atomic.Bool // the kernel kills it for memory, and tells only those who look in time
+	oomKills      atomic.Int32
+}
+
+// Look implements [box.Watched].
+func (b *fakeBox) Look() {
+	if b.hungry.Load() {
+		b.oomKills.Store(1)
+	}
 }
 
 func (b *fakeBox) Stdin() io.WriteCloser  { return b.stdin }
 func (b *fakeBox) Stdout() io.Reader      { return b.stdout }
 func (b *fakeBox) Limit(job.Limits) error { return nil }
 func (b *fakeBox) Kill()                  { b.kill.Do(func() { b.in.Close(); b.out.Close() }) }
-func (b *fakeBox) Wait() box.Exit         { <-b.dead; return box.Exit{} }
+func (b *fakeBox) Wait() box.Exit {
+	<-b.dead
+	return box.Exit{Lost: b.lost, OOMKills: int(b.oomKills.Load())}
+}
 func (b *fakeBox) Close() error {
 	b.Kill()
 	<-b.dead
@@ -250,7 +268,7 @@ func (w *world) raid() {
 		if srv.Enrolled(e.Key) {
 			continue
 		}
-		if _, _, err := srv.Enrol(w.t.Context(), e, "test", false); err != nil {
+		if _, _, err := srv.Enrol(w.t.Context(), e, "test"); err != nil {
 			w.t.Fatal(err)
 		}
 	}
@@ -354,7 +372,7 @@ type process struct {
 func (w *world) runner(change func(*Config)) *process {
 	w.t.Helper()
 	c := Config{Dir: filepath.Join(w.dir, "runner"), Name: "gpu0", Pools: []string{"p"}, Arch: runtime.GOARCH, Engine: w.engine,
-		Dial: w.dial, Local: w.local, Orphan: time.Hour, Warm: true, Logf: w.t.Logf}
+		Dial: w.dial, Local: w.local, Orphan: time.Hour, Warm: 1, Logf: w.t.Logf}
 	if change != nil {
 		change(&c)
 	}
@@ -431,6 +449,70 @@ func TestOneJob(t *testing.T) {
 	}
 }
 
+// A runner whose GPU is ill takes nothing and says so; when it is well it goes on. A job
+// without GPUs has it not checked.
+func TestSickGPU(t *testing.T) {
+	var checks atomic.Int64
+	verdicts := make(chan error) // what the next check finds
+	w := newWorld(t, nil)
+	w.raid()
+	w.runner(func(c *Config) {
+		c.GPUs = []gpu.Device{{UUID: "GPU-a", Model: "Test 1", MemoryMB: 10, Driver: "1.2"}, {UUID: "GPU-b", Model: "Test 1", MemoryMB: 8}}
+		c.Recheck = time.Microsecond
+		c.Check = func(ctx context.Context) error {
+			checks.Add(1)
+			select {
+			case err := <-verdicts:
+				return err
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+	})
+	for told := ""; !strings.Contains(told, "sick: Xid 79"); { // it also has to join first
+		verdicts <- errors.New("Xid 79")
+		told, _, _ = w.say("runners", nil)
+	}
+	if out, _, _ := w.say("runners --json", nil); !strings.Contains(out, `"state":"sick","sick":"Xid 79"`) {
+		t.Errorf("runners --json = %q, want it sick", out)
+	}
+	w.say("submit --detach --gpus 2 -- hello", nil)
+	if out, _, _ := w.say("why 1", nil); !strings.Contains(out, "runner gpu0 is sick: Xid 79") {
+		t.Errorf("why = %q, want it to name the runner", out)
+	}
+	verdicts <- nil
+	if out, _, status := w.say("attach 1", nil); status != 0 || out != "hello\n" {
+		t.Errorf("attach = %d, %q, want 0 and hello", status, out)
+	}
+	verdicts <- nil
+	if out, _, _ := w.say("status 1", nil); !strings.Contains(out, "Test 1, Test 1, 8 MiB, driver 1.2  GPU-a,GPU-b") {
+		t.Errorf("status = %q, want its GPUs", out)
+	}
+	before := checks.Load()
+	for range 2 {
+		w.say("submit -- hello", nil)
+	}
+	if n := checks.Load(); n != before {
+		t.Errorf("%d checks after jobs without GPUs, want none", n-before)
+	}
+}
+
+// A tool that does not answer holds no runner that is told to go.
+func TestDrainWhileChecked(t *testing.T) {
+	w := newWorld(t, nil)
+	w.raid()
+	checking := make(chan struct{})
+	p := w.runner(func(c *Config) {
+		c.GPUs = []gpu.Device{{UUID: "GPU-a"}}
+		c.Check = func(ctx context.Context) error { close(checking); <-ctx.Done(); return context.Cause(ctx) }
+	})
+	<-checking
+	p.Drain()
+	if err := <-p.ended; err != nil {
+		t.Errorf("Run() = %v, want nil", err)
+	}
+}
+
 // numbers is what a box prints to prove that nothing of it is lost or repeated.
 func numbers(n int) string {
 	var s strings.Builder
@@ -499,22 +581,39 @@ func TestOutputSurvivesAnything(t *testing.T) {
 	}
 }
 
+// What the kernel did to a job is asked for while the box is still there.
+func TestLooksInTime(t *testing.T) {
+	w := newWorld(t, map[string]script{"hungry": func(b *fakeBox) {
+		b.hungry.Store(true)
+		b.begin()
+		b.end(job.Result{Reason: job.ReasonSignal, Exit: 137, Signal: "SIGKILL"})
+	}})
+	w.raid()
+	w.runner(nil)
+	if _, stderr, status := w.say("submit -- hungry", nil); status != job.ExitKilled || !strings.Contains(stderr, "out of memory") {
+		t.Errorf("submit = %d, %q, want 137 and why", status, stderr)
+	}
+	if j := w.job(1); j.Reason != job.ReasonOOM {
+		t.Errorf("reason = %q, want oom", j.Reason)
+	}
+}
+
 // A finished result waits for raid, however long raid is away and although jobs that
 // still run would be given up by then.
 func TestResultWaitsForRaid(t *testing.T) {
-	away, ended := make(chan struct{}), make(chan struct{})
+	const orphan = 2 * time.Second // plenty for a job to end in
+	running, end := make(chan struct{}), make(chan struct{})
 	w := newWorld(t, map[string]script{"work": func(b *fakeBox) {
 		b.begin()
-		away <- struct{}{}
-		<-away
+		close(running)
+		<-end
 		b.print("done\n")
 		b.end(job.Result{Reason: job.ReasonExit})
-		close(ended)
 	}})
 	w.raid()
 	tried := make(chan struct{}, 100)
 	w.runner(func(c *Config) {
-		c.Orphan = time.Nanosecond
+		c.Orphan = orphan
 		c.Dial = func(ctx context.Context) (*dial.Client, error) {
 			client, err := w.dial(ctx)
 			if err != nil {
@@ -526,12 +625,12 @@ func TestResultWaitsForRaid(t *testing.T) {
 	if _, stderr, status := w.say("submit --detach -- work", nil); status != 0 {
 		t.Fatalf("submit = %d, %q", status, stderr)
 	}
-	<-away
-	away <- struct{}{}
-	<-ended
-	until(t, func() bool { return len(glob(t, w.dir, "runner/attempts/*/result.json")) == 1 })
+	<-running
 	w.away()
-	for range 3 {
+	gone := time.Now()
+	close(end)
+	until(t, func() bool { return len(glob(t, w.dir, "runner/attempts/*/result.json")) == 1 })
+	for n := 0; n < 3 || time.Since(gone) < 2*orphan; n++ {
 		<-tried
 	}
 	w.raid()
@@ -669,6 +768,44 @@ func TestBoxLies(t *testing.T) {
 	}
 }
 
+// A box that will never be made is the job's end, said once, not raid's fault.
+func TestRefusedImage(t *testing.T) {
+	w := newWorld(t, nil)
+	w.engine.refused = "evil/root"
+	w.raid()
+	w.runner(nil)
+	file := "rai: {version: 0.2, image: evil/root}\ncommands: {build: [true]}\n"
+	_, stderr, status := w.say("submit", tarOf(t, map[string][]byte{job.BuildFileName: []byte(file)}))
+	if status != job.ExitRefused || !strings.Contains(stderr, `[box] allow = ["evil/root"]`) {
+		t.Errorf("submit = %d, %q, want %d and what staff would add", status, stderr, job.ExitRefused)
+	}
+	if j := w.job(1); j.Attempt != 1 || j.State != job.Failed {
+		t.Errorf("job %+v, want one attempt", j)
+	}
+}
+
+// An engine that goes away under a job that has begun is no verdict on the job.
+func TestEngineLost(t *testing.T) {
+	tries := 0
+	w := newWorld(t, map[string]script{"work": func(b *fakeBox) {
+		b.begin()
+		if tries++; tries == 1 {
+			b.lost = true
+			return
+		}
+		b.end(job.Result{Reason: job.ReasonExit})
+	}})
+	w.raid()
+	w.runner(nil)
+	_, stderr, status := w.say("submit -- work", nil)
+	if status != 0 || !strings.Contains(stderr, "the fake engine went away") {
+		t.Errorf("submit = %d, %q, want 0 at the second attempt", status, stderr)
+	}
+	if j := w.job(1); j.Attempt != 2 {
+		t.Errorf("attempt %d, want 2", j.Attempt)
+	}
+}
+
 // A build file whose commands grow beyond a frame on their way is refused at the door:
 // no runner could be told of it.
 func TestCommandsBeyondAFrame(t *testing.T) {
@@ -749,6 +886,24 @@ func TestSourceSurvivesACut(t *testing.T) {
 	}
 	if n := cuts.Load(); n < 4 {
 		t.Errorf("%d connections, want 4", n)
+	}
+}
+
+// What raid says of itself while it stops is not the source's fault.
+func TestPasses(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		want bool
+	}{
+		{fmt.Errorf("open a session: %w", &ssh.OpenChannelError{Reason: ssh.ResourceShortage}), true},
+		{fmt.Errorf("read: %w", dial.ErrLost), true},
+		{errLater, true},
+		{errors.New("raid refused with status 126"), false},
+		{errors.New("unpack: broken pipe"), false},
+	} {
+		if got := passes(tt.err); got != tt.want {
+			t.Errorf("passes(%v) = %v, want %v", tt.err, got, tt.want)
+		}
 	}
 }
 

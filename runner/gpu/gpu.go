@@ -1,77 +1,124 @@
-// Package gpu says which GPUs this machine has. It asks nvidia-smi and nothing
-// else: no cgo, and a script of that name on PATH is all a test needs.
+// Package gpu says which GPUs this machine has, what a box needs to use one of them,
+// and whether one is fit for the next job. It asks nvidia-smi, rocm-smi and the files
+// of the drivers: no cgo, and a script of that name on PATH is all a test needs.
 //
-// Non-goals: health, use and memory of a GPU; other makers.
+//	ds, err := gpu.Find(ctx)          // whole GPUs, and each MIG slice as one
+//	claim, err := gpu.Claim(ds[:1])   // nobody else may have them now
+//	err = gpu.NewMonitor(ds[:1]).Check(ctx)
+//
+// Promises: every call of a tool is bounded, for with a sick driver it never returns;
+// what a tool prints is not trusted to be what it should be.
+//
+// Non-goals: clocks, power and use of a GPU; sharing one between two boxes.
 package gpu
 
 import (
 	"bytes"
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
 
-// A Device is one GPU that can be handed to a box. UUID, never Index, is its
-// identity: indices move between boots.
+// A Device is what can be handed to one box: a GPU, or one slice of a GPU that MIG has
+// cut. UUID, never Index, is its identity: indices move between boots.
 type Device struct {
-	Index    int // nvidia-smi's; /dev/nvidia<Minor> is the node
-	Minor    int
+	Maker    Maker
+	Index    int // nvidia-smi's or rocm-smi's; a slice has that of its GPU
+	Minor    int // /dev/nvidia<Minor>; for AMD /dev/dri/renderD<Minor>, -1 if not known
 	UUID     string
 	Model    string
+	Arch     string // "volta", "ampere"; "" if it is not known
 	MemoryMB int64
 	Driver   string
 	PCI      string // address in /sys/bus/pci/devices, "0000:65:00.0"; "" if not known
-	MIG      []MIG  // slices, if the GPU is cut into some
+	CDI      string // its name in /etc/cdi or /var/run/cdi, "nvidia.com/gpu=GPU-…"; "" for none
+	MIG      []MIG  // the slices of a GPU that can only be handed out whole
+	Slice    *MIG   // set if this Device is one slice; Parent is its GPU then
+	Parent   string
 }
 
-// A MIG is one slice of a GPU. CUDA_VISIBLE_DEVICES takes its UUID; the wall between
-// two boxes is around the whole Device.
+// A Maker is who made a GPU; tools, nodes and variables differ.
+type Maker string
+
+const (
+	NVIDIA Maker = "nvidia"
+	AMD    Maker = "amd"
+)
+
+// A MIG is one slice of a GPU (NVIDIA Multi-Instance GPU User Guide). GI and CI are the
+// numbers of its instances, by which the driver lets it be opened; -1 if they are not known.
 type MIG struct {
 	Index   int
 	UUID    string // "MIG-…"
 	Profile string // "1g.10gb"
+	GI, CI  int
 }
 
-// Limits of one call of nvidia-smi: with a sick driver it never returns, and without
+// Limits of one call of a tool: with a sick driver it never returns, and without
 // persistence mode a healthy one takes seconds.
 const (
 	callTime = 10 * time.Second
 	waitTime = 2 * time.Second // then its pipes are closed, whoever holds them
 )
 
-// Find returns the GPUs of this machine in the order of their index. Without
-// nvidia-smi on PATH there are none, which is no error; an nvidia-smi that fails or
-// hangs is one, for then there are GPUs that must not be forgotten.
+// Find returns the GPUs of this machine, NVIDIA's first, each in the order of its index.
+// A GPU that MIG has cut comes as its slices, one Device each, where the driver says
+// which instances they are; else it comes whole. One on which MIG is on without having
+// made a slice does not come at all; see Uncut. Without the makers' tools on PATH there
+// are no GPUs, which is no error; a tool that fails or hangs is one, for then there are
+// GPUs that must not be forgotten.
 func Find(ctx context.Context) ([]Device, error) {
-	if _, err := exec.LookPath("nvidia-smi"); err != nil {
-		return nil, nil
-	}
-	out, err := call(ctx, "nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version", "--format=csv,noheader,nounits")
+	ds, err := findNVIDIA(ctx)
 	if err != nil {
 		return nil, err
 	}
-	devices, err := parseQuery(out)
-	if err != nil || len(devices) == 0 {
-		return nil, err
-	}
-	out, err = call(ctx, "nvidia-smi", "-L")
-	if err != nil {
-		return nil, err
-	}
-	addMIG(devices, parseList(out))
-	addInformation(devices, "/proc/driver/nvidia/gpus")
-	makeNodes(ctx)
-	return devices, nil
+	more, err := findAMD(ctx)
+	return append(ds, more...), err
 }
 
-// call runs one of NVIDIA's tools and returns what it printed.
+// Models returns what people call the devices, "NVIDIA A40, NVIDIA A40".
+func Models(ds []Device) string { return join(ds, func(d Device) string { return d.Model }) }
+
+// Arch returns the architecture of the devices, "" if they are not all of one.
+func Arch(ds []Device) string {
+	if len(ds) == 0 || slices.ContainsFunc(ds, func(d Device) bool { return d.Arch != ds[0].Arch }) {
+		return ""
+	}
+	return ds[0].Arch
+}
+
+// UUIDs returns the identities of the devices, separated by commas.
+func UUIDs(ds []Device) string {
+	return strings.ReplaceAll(join(ds, func(d Device) string { return d.UUID }), ", ", ",")
+}
+
+func join(ds []Device, word func(Device) string) string {
+	var words []string
+	for _, d := range ds {
+		words = append(words, word(d))
+	}
+	return strings.Join(words, ", ")
+}
+
+// LeastMemoryMB is the memory of the smallest device, 0 without any.
+func LeastMemoryMB(ds []Device) int64 {
+	if len(ds) == 0 {
+		return 0
+	}
+	return slices.MinFunc(ds, func(a, b Device) int { return cmp.Compare(a.MemoryMB, b.MemoryMB) }).MemoryMB
+}
+
+// has reports whether a tool is on PATH.
+func has(tool string) bool {
+	_, err := exec.LookPath(tool)
+	return err == nil
+}
+
+// call runs one of the makers' tools and returns what it printed.
 func call(ctx context.Context, name string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, callTime, fmt.Errorf("no answer in %v", callTime))
 	defer cancel()
@@ -79,9 +126,9 @@ func call(ctx context.Context, name string, args ...string) (string, error) {
 	c.WaitDelay = waitTime
 	var out, errOut bytes.Buffer
 	c.Stdout, c.Stderr = &out, &errOut
-	err := c.Run()
-	if ctx.Err() != nil {
-		err = context.Cause(ctx)
+	err := outlive(ctx, c.Run)
+	if ctx.Err() != nil { // it may still be writing
+		return "", fmt.Errorf("%s %s: %w", name, args[0], context.Cause(ctx))
 	}
 	if err != nil {
 		// nvidia-smi says on stdout why it failed.
@@ -91,103 +138,21 @@ func call(ctx context.Context, name string, args ...string) (string, error) {
 	return out.String(), nil
 }
 
-// makeNodes makes /dev/nvidia-uvm, without which CUDA sees no GPU: the driver makes
-// it when the first CUDA program runs as root or with a setuid helper, and neither is
-// the case in a box. Best effort: the machine's own set-up may forbid it.
-func makeNodes(ctx context.Context) {
-	if _, err := os.Stat("/dev/nvidia-uvm"); errors.Is(err, os.ErrNotExist) {
-		call(ctx, "nvidia-modprobe", "-u", "-c=0")
+// outlive returns what run returns, or gives up on it a moment after ctx has ended: a
+// process that sleeps in a sick driver cannot be killed (NVIDIA/nvidia-docker#1553), and
+// whoever waits for it waits as long as the machine runs. What run does then is lost.
+func outlive(ctx context.Context, run func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- run() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
 	}
-}
-
-// parseQuery reads the CSV of --query-gpu. A model's name may hold a comma.
-func parseQuery(text string) (ds []Device, err error) {
-	for line := range strings.Lines(text) {
-		line = strings.TrimSpace(line)
-		if line == "" || line == "No devices were found" {
-			continue
-		}
-		f := strings.Split(line, ", ")
-		if len(f) < 5 {
-			return nil, fmt.Errorf("nvidia-smi said %q", line)
-		}
-		last := len(f) - 1
-		d := Device{UUID: f[1], Model: strings.Join(f[2:last-1], ", "), Driver: f[last]}
-		if d.Index, err = strconv.Atoi(f[0]); err != nil || d.Index < 0 || !strings.HasPrefix(d.UUID, "GPU-") {
-			return nil, fmt.Errorf("nvidia-smi said %q", line)
-		}
-		// "[N/A]" on machines whose GPU has no memory of its own: 0.
-		d.MemoryMB, _ = strconv.ParseInt(f[last-1], 10, 64)
-		d.Minor = d.Index
-		ds = append(ds, d)
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(waitTime + time.Second):
+		return context.Cause(ctx)
 	}
-	slices.SortFunc(ds, func(a, b Device) int { return a.Index - b.Index })
-	return ds, nil
-}
-
-// parseList reads the MIG lines of nvidia-smi -L, by the UUID of their GPU:
-//
-//	GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-…)
-//	  MIG 1g.10gb     Device  0: (UUID: MIG-…)
-func parseList(text string) map[string][]MIG {
-	found := map[string][]MIG{}
-	gpu := ""
-	for line := range strings.Lines(text) {
-		head, tail, ok := strings.Cut(line, "(UUID: ")
-		id, _, ok2 := strings.Cut(tail, ")")
-		f := strings.Fields(head)
-		switch {
-		case !ok || !ok2 || len(f) < 2:
-		case f[0] == "GPU":
-			gpu = id
-		case f[0] == "MIG" && len(f) >= 4 && gpu != "":
-			n, err := strconv.Atoi(strings.TrimSuffix(f[len(f)-1], ":"))
-			if err == nil && n >= 0 {
-				found[gpu] = append(found[gpu], MIG{Index: n, UUID: id, Profile: f[1]})
-			}
-		}
-	}
-	return found
-}
-
-func addMIG(ds []Device, slices map[string][]MIG) {
-	for i := range ds {
-		ds[i].MIG = slices[ds[i].UUID]
-	}
-}
-
-// addInformation adds what only the driver knows: the node's number and the bus
-// address. Where it says nothing the index stands for the number.
-func addInformation(ds []Device, dir string) {
-	files, _ := filepath.Glob(filepath.Join(dir, "*", "information"))
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		uuid, minor, ok := parseInformation(string(b))
-		for i := range ds {
-			if ok && ds[i].UUID == uuid {
-				ds[i].Minor, ds[i].PCI = minor, filepath.Base(filepath.Dir(file))
-			}
-		}
-	}
-}
-
-// parseInformation reads "GPU UUID: GPU-…" and "Device Minor: N".
-func parseInformation(text string) (uuid string, minor int, ok bool) {
-	minor = -1
-	for line := range strings.Lines(text) {
-		k, v, _ := strings.Cut(line, ":")
-		v = strings.TrimSpace(v)
-		switch strings.TrimSpace(k) {
-		case "GPU UUID":
-			uuid = v
-		case "Device Minor":
-			if n, err := strconv.Atoi(v); err == nil {
-				minor = n
-			}
-		}
-	}
-	return uuid, minor, uuid != "" && minor >= 0
 }

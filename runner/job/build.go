@@ -1,8 +1,10 @@
 package job
 
 import (
+	"cmp"
 	"fmt"
 	"math"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -41,6 +43,7 @@ type Build struct {
 	Time       time.Duration
 	Memory     int64 // bytes
 	TTY        bool  // tty, at the top or in resources: the steps' stdout is a terminal
+	Cache      bool  // resources.cache: the team's folder, where the pool has one
 	Steps      []string
 	BuildImage *BuildImage // nil for none
 }
@@ -77,7 +80,8 @@ const MaxBuildFile = 64 << 10
 // not written are zero, a file without commands has no Steps: neither is an error.
 //
 // A byte order mark, CRLF, aliases and merge keys are understood. Booleans may be
-// yes, no, on and off as in YAML 1.1, which RAI read. Times are durations (1h30m) or
+// yes, no, on and off as in YAML 1.1, which RAI read. What the quotes of /bin/bash -c "…"
+// hold, that shell expands. Times are durations (1h30m) or
 // seconds, sizes are as [ParseSize] has them.
 func ParseBuild(text []byte) (*Build, []BuildNote, error) {
 	f, root, err := readYAML(text)
@@ -109,7 +113,7 @@ func (f *yamlFile) build(b *Build, root ast.Node) error {
 func (f *yamlFile) resources(b *Build, n ast.Node) error {
 	return f.mapping(n, "resources", fields{
 		"cpu": func(n ast.Node) error {
-			return f.mapping(n, "resources.cpu", fields{"architecture": f.text(&b.CPUArch)})
+			return f.mapping(n, "resources.cpu", fields{"architecture": f.machine(&b.CPUArch)})
 		},
 		"gpu":     func(n ast.Node) error { return f.gpu(b, n) },
 		"network": f.yes(&b.Network),
@@ -120,7 +124,7 @@ func (f *yamlFile) resources(b *Build, n ast.Node) error {
 			})
 		},
 		"tty":           f.yes(&b.TTY),
-		"cache":         f.nothing, // RAI's lab files have it; it never did anything
+		"cache":         f.wish(&b.Cache), // RAI's lab files have it; it never did anything there
 		"dataresources": f.nothing,
 	})
 }
@@ -200,9 +204,49 @@ func (f *yamlFile) step(to *[]string, s string, n ast.Node) error {
 		return f.fail(n, "", "a command cannot hold a NUL")
 	}
 	if strings.TrimSpace(s) != "" {
-		*to = append(*to, s)
+		*to = append(*to, innerShell(s))
+	}
+	if m := forItself.FindStringSubmatch(s); m != nil {
+		f.note(n, "this %s ends with its line: the next command begins in /build anew", m[1])
 	}
 	return nil
+}
+
+// shellCall matches a shell that is given its commands in double quotes.
+var shellCall = regexp.MustCompile(`(?s)^(\s*(?:/usr)?(?:/bin/)?(?:ba)?sh\s+-[a-z]*c\s+)"((?:[^"\\]|\\.)*)"($|[\s;&|<>].*)`)
+
+// innerShell leaves what stands in the double quotes of such a call to the shell that is
+// called, as RAI did, which had none around it. Courses have files with
+//
+//	/bin/bash -c "for f in src/*; do cp $f /build; done"
+//
+// where ours would put nothing in the place of $f.
+func innerShell(s string) string {
+	m := shellCall.FindStringSubmatch(s)
+	if m == nil || !strings.ContainsAny(m[2], "$`") {
+		return s
+	}
+	return m[1] + "'" + strings.ReplaceAll(quoted.Replace(m[2]), "'", `'\''`) + "'" + m[3]
+}
+
+// quoted undoes the backslashes that mean something within double quotes.
+var quoted = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\$`, `$`, "\\`", "`", "\\\n", "")
+
+// forItself matches a command that would do something to the commands after it, if they
+// were run by the same shell.
+var forItself = regexp.MustCompile(`^\s*(cd|export|source)\s[^;&|\n]*$`)
+
+// machines are other names for what Go, and so raid, calls a processor.
+var machines = map[string]string{"x86_64": "amd64", "x86-64": "amd64", "x64": "amd64", "aarch64": "arm64", "ppc64el": "ppc64le"}
+
+// machine reads the name of a processor into to.
+func (f *yamlFile) machine(to *string) func(ast.Node) error {
+	return func(n ast.Node) error {
+		err := f.text(to)(n)
+		*to = strings.ToLower(*to)
+		*to = cmp.Or(machines[*to], *to)
+		return err
+	}
 }
 
 // duration reads a time such as 10m, 1h30m or a number of seconds into to.

@@ -50,7 +50,7 @@ commands:
       credentials: {username: u, password: '==AES32==x'}
   build: [make, "./a"]
 `, Build{Version: "0.2", Image: "a/b:c", CPUArch: "ppc64le", GPU: &BuildGPU{-2, "volta", 8192}, Network: true,
-			Time: 90 * time.Minute, Memory: 16e9, TTY: true, Steps: []string{"make", "./a"},
+			Time: 90 * time.Minute, Memory: 16e9, TTY: true, Cache: true, Steps: []string{"make", "./a"},
 			BuildImage: &BuildImage{"me/x", "./Dockerfile", true, &BuildPush{true, "me/y", "r", "u", "==AES32==x"}}}, ""},
 		{"version 0.10 stays", "rai: {version: 0.10}", Build{Version: "0.10"}, ""},
 		{"gpu null", "resources:\n  gpu:\n", Build{}, ""},
@@ -59,12 +59,26 @@ commands:
 		{"gpu without count", "resources: {gpu: {architecture: pascal}}", Build{GPU: &BuildGPU{Count: 1, Arch: "pascal"}}, ""},
 		{"seconds", "resources: {limits: {time: 90, memory: 1024}}", Build{Time: 90 * time.Second, Memory: 1024}, ""},
 		{"network above", "resources:\n  network: true\n  limits: {network: false}\n", Build{Network: true}, ""},
+		{"cache", "resources: {cache: yes}", Build{Cache: true}, ""},
+		{"cache of another meaning", "resources:\n  cache: {size: 5}\n", Build{}, ""},
+		{"cache of another word", "resources: {cache: 5GB}", Build{}, ""},
 		{"tty at the top", "tty: true\n", Build{TTY: true}, ""},
 		{"steps", "commands:\n  build:\n    - \"echo 'a: b'\" # c\n    -\n    - ''\n    - true\n    - |\n      x\n      y\n    - >-\n      long\n      line\n    - make && make test\n    - 'it''s'\n",
 			Build{Steps: []string{"echo 'a: b'", "true", "x\ny\n", "long line", "make && make test", "it's"}}, ""},
 		{"one step", "commands:\n  build: make all\n", Build{Steps: []string{"make all"}}, "2:10 build should be a list; taken as one command"},
 		{"no steps", "commands:\n  build:\n", Build{}, ""},
 		{"BOM and CRLF", "\ufeffcommands:\r\n  build:\r\n    - make\r\n", Build{Steps: []string{"make"}}, ""},
+		{"blank lines and dashes with tabs", "rai:\t\n  version:\t0.2\t# x\n \t\ncommands:\n  build:\n    -\techo\ta\t\n\t\n    - |\n      x\n\t\n      \ty\n",
+			Build{Version: "0.2", Steps: []string{"echo\ta", "x\n\n\ty\n"}}, ""},
+		{"tabs in words", "commands:\n  build:\n    - gcc\t-o \"a\tb\" c \t # d\n    - a\tb\n      c\n\n      d\n    - 'x\ty'\n    - | # z\n      a\tb\n    - >\n      a\tb\n",
+			Build{Steps: []string{"gcc\t-o \"a\tb\" c", "a\tb c\nd", "x\ty", "a\tb\n", "a\tb\n"}}, ""},
+		{"lines that go on", "commands:\n  build:\n    - cmake \\\n        -DA=1 \\\n        -DB=2 /src\n    - 'a && \\\n      b'\n    - >\n      a \\\n      b\n    - |\n      a \\\n      b\n    - a\\ b\n",
+			Build{Steps: []string{"cmake -DA=1 -DB=2 /src", "a && b", "a b\n", "a \\\nb\n", "a\\ b"}}, ""},
+		{"names of machines", "resources: {cpu: {architecture: x86_64}}", Build{CPUArch: "amd64"}, ""},
+		{"count 1.0", "resources: {gpu: {count: 1.0}}", Build{GPU: &BuildGPU{Count: 1}}, ""},
+		{"commands for themselves", "commands:\n  build:\n    - cd out\n    - export A=1\n    - cd out && make\n    - export A=1; ./a\n",
+			Build{Steps: []string{"cd out", "export A=1", "cd out && make", "export A=1; ./a"}},
+			"3:7 this cd ends with its line: the next command begins in /build anew | 4:7 this export ends with its line: the next command begins in /build anew"},
 		{"typo", "resources:\n  netwrok: false\n  zebra: 1\nimage: x\n", Build{},
 			`2:3 unknown key "netwrok" (did you mean "network"?) | 3:3 unknown key "zebra" | 4:1 unknown key "image" here (it belongs in rai)`},
 		{"terminal", "\"\\e[2J\": 1\n", Build{}, `1:1 unknown key "\x1b[2J"`},
@@ -93,6 +107,23 @@ commands:
 	}
 }
 
+func TestInnerShell(t *testing.T) {
+	for _, c := range []struct{ in, want string }{
+		{`/bin/bash -c "for f in a/*; do cp -v $f b/.; done"`, `/bin/bash -c 'for f in a/*; do cp -v $f b/.; done'`},
+		{`bash -lc "ls | awk '{print $1}'" >out`, `bash -lc 'ls | awk '\''{print $1}'\''' >out`},
+		{`sh -c "echo \"$X\" \$Y a\nb"`, `sh -c 'echo "$X" $Y a\nb'`},
+		{"/bin/sh -c \"echo `date`\"", "/bin/sh -c 'echo `date`'"},
+		{`/bin/bash -c "make && ./a"`, `/bin/bash -c "make && ./a"`}, // nothing to expand
+		{`/bin/bash -c "a"$X"b"`, `/bin/bash -c "a"$X"b"`},           // no one word in quotes
+		{`echo "$X"`, `echo "$X"`},
+		{`zsh -c "$X"`, `zsh -c "$X"`},
+	} {
+		if got := innerShell(c.in); got != c.want {
+			t.Errorf("innerShell(%s) = %s, want %s", c.in, got, c.want)
+		}
+	}
+}
+
 func TestParseBuildErrors(t *testing.T) {
 	bomb := "a: &a [x,x,x,x,x,x,x,x,x]\n"
 	for c := 'b'; c < 'k'; c++ {
@@ -102,6 +133,7 @@ func TestParseBuildErrors(t *testing.T) {
 		{"tab", "commands:\n\tbuild:\n", "2:1 tabs are not allowed for indentation; use spaces", "spaces"},
 		{"tab in list", "commands:\n  build:\n  \t- make\n", "3:3 tabs are not", ""},
 		{"tab later", "commands:\n  build:\n    - a\n\t- make\n", "4:1 tabs are not", ""},
+		{"no-break space", "commands:\n  build:\n\u00a0 - make\n", "3:1 this is no ordinary space", "anew"},
 		{"colon", "commands:\n  build:\n    - make\n    - echo a: b # c\n", `4:13 ": " makes a mapping`, `- 'echo a: b'`},
 		{"colon at the end", "commands:\n  build:\n    - echo 'time':\n", `3:`, `- 'echo ''time'':'`},
 		{"two colons", "commands:\n  build:\n    - echo a: b: c\n", `": "`, `- 'echo a: b: c'`},

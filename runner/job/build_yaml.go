@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -103,10 +104,13 @@ func readYAML(text []byte) (*yamlFile, ast.Node, error) {
 	if err := f.checkText(text); err != nil {
 		return nil, nil, err
 	}
+	s = tabs.ReplaceAllStringFunc(s, func(t string) string { return strings.ReplaceAll(t, "\t", " ") })
 	tokens := lexer.Tokenize(s)
 	if err := f.checkTokens(tokens); err != nil {
 		return nil, nil, err
 	}
+	keepTabs(tokens)
+	joinLines(tokens)
 	file, err := parse(tokens)
 	if err != nil {
 		return nil, nil, f.syntax(err)
@@ -116,6 +120,67 @@ func readYAML(text []byte) (*yamlFile, ast.Node, error) {
 		return nil, nil, err
 	}
 	return f, root, nil
+}
+
+// tabs matches those that YAML allows and the parser does not: in lines that hold nothing
+// else, and after the dash of a list.
+var tabs = regexp.MustCompile(`(?m)^[ \t]+$|^ *-[ \t]+`)
+
+// keepTabs gives words without quotes the tabs back that the lexer drops: it makes one word
+// of "make<tab>test" (goccy/go-yaml v1.19.2).
+func keepTabs(tokens token.Tokens) {
+	block := false // the text of a | or > comes next
+	for _, t := range tokens {
+		switch t.Type {
+		case token.LiteralType, token.FoldedType:
+			block = true
+		case token.StringType:
+			if !block && strings.Contains(t.Origin, "\t") {
+				t.Value = foldLines(t.Origin)
+			}
+			block = false
+		}
+	}
+}
+
+// joinLines takes away the backslash at a line's end where YAML has made one line of two:
+// the shell would have, and now would take it for a quoted blank.
+func joinLines(tokens token.Tokens) {
+	for _, t := range tokens {
+		if t.Type != token.StringType && t.Type != token.SingleQuoteType || !strings.Contains(t.Origin, "\\\n") {
+			continue
+		}
+		before := ""
+		for line := range strings.Lines(t.Origin) {
+			line = strings.Trim(line, " \t\n'")
+			if begun, ok := strings.CutSuffix(before, `\`); ok && line != "" {
+				t.Value = strings.Replace(t.Value, before+" "+line, begun+line, 1)
+			}
+			before = line
+		}
+	}
+}
+
+// foldLines joins the lines of a word without quotes: a blank for one line's end, and a
+// line's end for each empty line.
+func foldLines(text string) string {
+	var b strings.Builder
+	empty := 0
+	for i, line := range strings.Split(strings.TrimSpace(text), "\n") {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "":
+			empty++
+			continue
+		case empty > 0:
+			b.WriteString(strings.Repeat("\n", empty))
+		case i > 0:
+			b.WriteByte(' ')
+		}
+		empty = 0
+		b.WriteString(line)
+	}
+	return b.String()
 }
 
 // parse never panics: no file of a stranger's may end raid.
@@ -211,8 +276,11 @@ func (f *yamlFile) syntax(err error) error {
 		return f.at(1, 1, "", "%s", printable(err.Error()))
 	}
 	line, column := f.clamp(se.GetToken().Position.Line, se.GetToken().Position.Column)
-	if l, c, ok := f.tabNear(line); ok {
+	if l, c, ok := f.indentNear(line, '\t'); ok {
 		return f.at(l, c, "put spaces in the place of the tab", "tabs are not allowed for indentation; use spaces")
+	}
+	if l, c, ok := f.indentNear(line, '\u00a0'); ok { // copied out of a web page
+		return f.at(l, c, "type the spaces anew", "this is no ordinary space")
 	}
 	src := f.lines[line-1]
 	message := se.GetMessage()
@@ -225,13 +293,13 @@ func (f *yamlFile) syntax(err error) error {
 	return f.at(line, column, quoteHint(src), "%s", printable(message))
 }
 
-// tabNear finds a tab that indents line or the ones beside it.
-func (f *yamlFile) tabNear(line int) (l, column int, found bool) {
+// indentNear finds a blank that indents line or the ones beside it.
+func (f *yamlFile) indentNear(line int, blank rune) (l, column int, found bool) {
 	for l = max(line-1, 1); l <= min(line+1, len(f.lines)); l++ {
 		src := f.lines[l-1]
-		indent := src[:len(src)-len(strings.TrimLeft(src, " \t-"))]
-		if i := strings.IndexByte(indent, '\t'); i >= 0 && strings.TrimSpace(src) != "" {
-			return l, i + 1, true
+		indent := src[:len(src)-len(strings.TrimLeft(src, " \t-\u00a0"))]
+		if before, _, ok := strings.Cut(indent, string(blank)); ok && strings.TrimSpace(src) != "" {
+			return l, utf8.RuneCountInString(before) + 1, true
 		}
 	}
 	return 0, 0, false
@@ -431,6 +499,17 @@ func (f *yamlFile) yes(to *bool) func(ast.Node) error {
 	}
 }
 
+// wish is yes for what old files may hold without meaning: whatever else is written
+// there is no error.
+func (f *yamlFile) wish(to *bool) func(ast.Node) error {
+	return func(n ast.Node) error {
+		if f.yes(to)(n) != nil {
+			*to = false
+		}
+		return nil
+	}
+}
+
 // whole reads an integer into to.
 func (f *yamlFile) whole(to *int) func(ast.Node) error {
 	return func(n ast.Node) error {
@@ -438,7 +517,8 @@ func (f *yamlFile) whole(to *int) func(ast.Node) error {
 		if err != nil {
 			return err
 		}
-		i, err := strconv.ParseInt(strings.TrimSpace(s), 0, 64)
+		s = strings.TrimSuffix(strings.TrimSpace(s), ".0") // as RAI's library did
+		i, err := strconv.ParseInt(s, 0, 64)
 		if err != nil || i > math.MaxInt32 || i < math.MinInt32 {
 			return f.fail(n, "", "%s is not a whole number", shown(s))
 		}

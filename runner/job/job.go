@@ -7,8 +7,8 @@
 package job
 
 import (
-	"encoding/json"
 	"fmt"
+	"strconv"
 	"time"
 )
 
@@ -93,7 +93,8 @@ func (t Time) MarshalJSON() ([]byte, error) {
 	if t.IsZero() {
 		return []byte("null"), nil
 	}
-	return json.Marshal(t.String())
+	b := make([]byte, 0, len(`"`+timeLayout+`"`))
+	return append(t.UTC().AppendFormat(append(b, '"'), timeLayout), '"'), nil
 }
 
 // UnmarshalJSON reads what MarshalJSON wrote.
@@ -102,9 +103,9 @@ func (t *Time) UnmarshalJSON(b []byte) error {
 		*t = Time{}
 		return nil
 	}
-	var s string
-	if err := json.Unmarshal(b, &s); err != nil {
-		return err
+	s, err := strconv.Unquote(string(b)) // what stands in an RFC 3339 time needs no escape
+	if err != nil {
+		return fmt.Errorf("time %s: %w", b, err)
 	}
 	p, err := time.Parse(time.RFC3339Nano, s)
 	if err != nil {
@@ -129,6 +130,7 @@ type Job struct {
 	Name         string  `json:"name"`
 	Engine       string  `json:"engine"`
 	Image        string  `json:"image"`
+	ImageDigest  string  `json:"image_digest"` // which bytes that was, where it ran
 	Runner       string  `json:"runner"`
 	GPU          string  `json:"gpu"`
 	Attempt      int     `json:"attempt"`
@@ -157,18 +159,27 @@ func (j *Job) Tenant() string {
 // and its runners need. It is one row of the store.
 type Record struct {
 	Job
-	Spec      Spec   `json:"spec"`
-	Source    string `json:"source,omitempty"`  // blob of the upload as it came; "" for none
-	Archive   string `json:"archive,omitempty"` // blob of /build as it came back; "" for none
-	Fence     uint64 `json:"fence,omitempty"`   // of the current attempt
-	Holder    string `json:"holder,omitempty"`  // fingerprint of the runner key that holds the lease
-	Note      string `json:"note,omitempty"`    // a sentence about the end: what was left out, who cancelled
-	Steps     []Step `json:"steps,omitempty"`   // as the box timed them
-	Begun     bool   `json:"begun,omitempty"`   // the first step has started: a dead box is the job's verdict now
-	CancelBy  string `json:"cancel_by,omitempty"`
-	Weakness  string `json:"weakness,omitempty"` // limits that did not hold in this box, in words
-	GPUDriver string `json:"gpu_driver,omitempty"`
+	Spec        Spec   `json:"spec"`
+	Source      string `json:"source,omitempty"`    // blob of the upload as it came; "" for none
+	Archive     string `json:"archive,omitempty"`   // blob of /build as it came back; "" for none
+	Log         string `json:"log,omitempty"`       // blob of the output, where blobs outlive a raid; "" for none
+	LogBytes    int64  `json:"log_bytes,omitempty"` // how long the output in it is, as offsets count
+	Fence       uint64 `json:"fence,omitempty"`     // of the current attempt
+	Holder      string `json:"holder,omitempty"`    // fingerprint of the runner key that holds the lease
+	Note        string `json:"note,omitempty"`      // a sentence about the end: what was left out, who cancelled
+	Steps       []Step `json:"steps,omitempty"`     // as the box timed them
+	Begun       bool   `json:"begun,omitempty"`     // the first step has started: a dead box is the job's verdict now
+	CancelBy    string `json:"cancel_by,omitempty"`
+	Sealed      string `json:"sealed,omitempty"`   // a registry's credentials, encrypted to raid's host key; gone once the job has ended
+	Weakness    string `json:"weakness,omitempty"` // limits that did not hold in this box, in words
+	GPUDriver   string `json:"gpu_driver,omitempty"`
+	GPUUUID     string `json:"gpu_uuid,omitempty"`      // separated by commas
+	GPUMemoryMB int64  `json:"gpu_memory_mb,omitempty"` // of the smallest it had
+	Expired     Time   `json:"expired,omitzero"`        // since when upload, /build and output may be gone; zero: they are kept
 }
+
+// Lease is the right to run the current attempt, if somebody holds it.
+func (r *Record) Lease() Lease { return Lease{Job: r.ID, Fence: r.Fence} }
 
 // A Spec is what one job asks a box to do, after defaults, roles and limits.
 type Spec struct {
@@ -177,12 +188,19 @@ type Spec struct {
 	KeepGoing bool     `json:"keep_going,omitempty"` // run later steps after one failed, as RAI did
 	TTY       bool     `json:"tty,omitempty"`
 	Network   bool     `json:"network,omitempty"`
+	Cache     bool     `json:"cache,omitempty"` // the team's folder at /cache, where the pool has one
 	GPUs      int      `json:"gpus,omitempty"`
-	GPUArch   string   `json:"gpu_arch,omitempty"` // a wish
+	GPUArch   string   `json:"gpu_arch,omitempty"` // a wish, unless StrictArch
 	CPUArch   string   `json:"cpu_arch,omitempty"`
 	Limits    Limits   `json:"limits"`
 
-	// What the queue goes by, beside CPUArch and GPUs.
+	Build *ImageBuild `json:"build,omitempty"` // the image is to be built first; Image is ""
+
+	Role string `json:"role,omitempty"` // of its owner at submit: which images it may use
+
+	// What the queue goes by, beside Image, Role, CPUArch and GPUs.
+	Engine      string `json:"engine,omitempty"`        // only runners whose boxes it makes; "" for any
+	StrictArch  bool   `json:"strict_arch,omitempty"`   // only GPUs of GPUArch
 	GPUModel    string `json:"gpu_model,omitempty"`     // part of the model's name, any case
 	GPUMemoryMB int64  `json:"gpu_memory_mb,omitempty"` // at least
 	Priority    int    `json:"priority,omitempty"`      // among the user's own jobs; higher first
@@ -248,19 +266,22 @@ type Step struct {
 
 // A Result is how an attempt ended, as its runner reports it, once.
 type Result struct {
-	Reason    Reason `json:"reason"`
-	Exit      int    `json:"exit"`
-	Signal    string `json:"signal,omitempty"`
-	Note      string `json:"note,omitempty"`
-	Steps     []Step `json:"steps,omitempty"`
-	PrepareMS int64  `json:"prepare_ms"` // lease granted → first step started
-	RunMS     int64  `json:"run_ms"`     // first step started → last process gone, measured outside the box
-	CollectMS int64  `json:"collect_ms"` // → /build is on the runner's disk
-	OutBytes  int64  `json:"out_bytes"`  // bytes of stdout and stderr the job printed, dropped ones included
-	Engine    string `json:"engine"`
-	Image     string `json:"image,omitempty"`
-	GPU       string `json:"gpu,omitempty"`
-	GPUDriver string `json:"gpu_driver,omitempty"`
-	Weakness  string `json:"weakness,omitempty"`
-	Begun     bool   `json:"begun"` // a step had started
+	Reason      Reason `json:"reason"`
+	Exit        int    `json:"exit"`
+	Signal      string `json:"signal,omitempty"`
+	Note        string `json:"note,omitempty"`
+	Steps       []Step `json:"steps,omitempty"`
+	PrepareMS   int64  `json:"prepare_ms"` // lease granted → first step started
+	RunMS       int64  `json:"run_ms"`     // first step started → last process gone, measured outside the box
+	CollectMS   int64  `json:"collect_ms"` // → /build is on the runner's disk
+	OutBytes    int64  `json:"out_bytes"`  // bytes of stdout and stderr the job printed, dropped ones included
+	Engine      string `json:"engine"`
+	Image       string `json:"image,omitempty"`        // as named, or the runner's default
+	ImageDigest string `json:"image_digest,omitempty"` // which bytes that was
+	GPU         string `json:"gpu,omitempty"`
+	GPUDriver   string `json:"gpu_driver,omitempty"`
+	GPUUUID     string `json:"gpu_uuid,omitempty"`      // separated by commas
+	GPUMemoryMB int64  `json:"gpu_memory_mb,omitempty"` // of the smallest it had
+	Weakness    string `json:"weakness,omitempty"`
+	Begun       bool   `json:"begun"` // a step had started
 }

@@ -14,17 +14,20 @@ const Protocol = 1
 
 // Hello is the first line of a runner.
 type Hello struct {
-	Protocol    int      `json:"protocol"`
-	Name        string   `json:"name"` // shown to users; the key, not the name, is the identity
-	Pools       []string `json:"pools"`
-	Engine      string   `json:"engine"`
-	Arch        string   `json:"arch"`                    // GOARCH
-	GPUs        []string `json:"gpus,omitempty"`          // models, one each
-	GPUMemoryMB int64    `json:"gpu_memory_mb,omitempty"` // of the smallest
-	Express     bool     `json:"express,omitempty"`       // takes short jobs only
-	Weakness    string   `json:"weakness,omitempty"`
-	Held        *Lease   `json:"held,omitempty"` // what it is running, or whose result it still has
-	Draining    bool     `json:"draining,omitempty"`
+	Protocol    int                `json:"protocol"`
+	Name        string             `json:"name"` // shown to users; the key, not the name, is the identity
+	Pools       []string           `json:"pools"`
+	Engine      string             `json:"engine"`
+	Arch        string             `json:"arch"`                    // GOARCH
+	GPUs        []string           `json:"gpus,omitempty"`          // models, one each
+	GPUArch     string             `json:"gpu_arch,omitempty"`      // of all of them: "volta"; "" if it is not known
+	GPUMemoryMB int64              `json:"gpu_memory_mb,omitempty"` // of the smallest
+	Images      map[string]*Images `json:"pool_images,omitempty"`   // that it takes, by pool; none: it has no images
+	Builds      *Builds            `json:"builds,omitempty"`        // nil: it builds no images
+	Express     bool               `json:"express,omitempty"`       // takes short jobs only
+	Weakness    string             `json:"weakness,omitempty"`
+	Held        *Lease             `json:"held,omitempty"` // what it is running, or whose result it still has
+	Draining    bool               `json:"draining,omitempty"`
 }
 
 // A Lease names one attempt of one job. Whoever shows its fence holds the lease.
@@ -38,6 +41,7 @@ type Beat struct {
 	Held     *Lease `json:"held,omitempty"` // renews this lease
 	Idle     bool   `json:"idle,omitempty"` // wants an offer
 	Draining bool   `json:"draining,omitempty"`
+	Sick     string `json:"sick,omitempty"` // why it takes nothing until it says otherwise, in words for staff
 }
 
 // A Call is what raid says to a runner. Exactly one field is set.
@@ -58,6 +62,9 @@ type Offer struct {
 	Spec    Spec   `json:"spec"`
 	Source  bool   `json:"source"`        // there is a tar to fetch
 	Say     string `json:"say,omitempty"` // the line this attempt's log begins with
+
+	Sealed string       `json:"sealed,omitempty"` // see Record; raid opens it when the offer leaves
+	Push   *Credentials `json:"push,omitempty"`   // what was in it
 }
 
 // LogDir is where a runner with the state folder dir keeps the log of an attempt. A raid

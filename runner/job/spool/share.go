@@ -19,8 +19,8 @@ var ErrApart = errors.New("spool: logs cannot share files")
 // Share makes l show the log in dir, which another process on this machine appends to
 // and trims under the same limit: from now on l holds hard links to the segments there,
 // and [Log.Grow] takes the place of Append. Only a log that is empty, or that shared
-// with dir before, also in an earlier process, can; the error is else ErrApart and
-// changes nothing. The writer must be trusted as far as a caller of Append, for what
+// with dir before, also in an earlier process, can; the error is else ErrApart, and from
+// then on l goes its own way: Append adds to what it has. The writer must be trusted as far as a caller of Append, for what
 // it wrote is not checked again.
 func (l *Log) Share(dir string) error {
 	l.append.Lock()
@@ -28,6 +28,20 @@ func (l *Log) Share(dir string) error {
 	if err := l.writable(); err != nil {
 		return err
 	}
+	err := l.share(dir)
+	switch {
+	case err == nil:
+		l.wrote = false // the writer goes on in the current segment
+	case errors.Is(err, ErrApart):
+		if perr := l.part(); perr != nil {
+			return fmt.Errorf("share spool: %w", perr)
+		}
+		l.from = ""
+	}
+	return err
+}
+
+func (l *Log) share(dir string) error {
 	from, err := segments(dir)
 	if err != nil || len(from) == 0 {
 		return fmt.Errorf("%w: nothing in %s: %v", ErrApart, dir, err)
@@ -190,10 +204,12 @@ func (l *Log) link(dir string, next, cur *segment) error {
 }
 
 // part makes a copy of the current segment when its other owner may still append to
-// it: a log that is sealed must not grow.
+// it: a log that is sealed, or that is appended to, must not grow by itself. The writer
+// keeps its file: nobody else appends to that, and it is by the file that a log which
+// shares it knows it again.
 func (l *Log) part() error {
 	cur := l.current()
-	if !linked(cur.file) {
+	if l.wrote || !linked(cur.file) {
 		return nil
 	}
 	if _, err := os.Stat(filepath.Join(l.from, sealedName)); l.from != "" && err == nil {

@@ -68,6 +68,7 @@ type Log struct {
 	append sync.Mutex // held by what changes the log, also while it writes; taken before mu
 	limit  int64      // guarded by append
 	from   string     // the folder of the log that Share named; guarded by append
+	wrote  bool       // it was appended to, so the current segment is ours; guarded by append
 
 	mu     sync.Mutex // guards the following; never held during a read, write or fsync of data
 	segs   []*segment // ascending; the last is the one that grows
@@ -276,7 +277,7 @@ func (l *Log) Append(frames []byte) error {
 		if err != nil {
 			return fmt.Errorf("append to spool: %w", err)
 		}
-		frames = frames[n:]
+		frames, l.wrote = frames[n:], true
 	}
 	return nil
 }
