@@ -25,6 +25,9 @@ type Enrollment struct {
 	Last        string `json:"lastname,omitempty"`
 	Affiliation string `json:"affiliation,omitempty"`
 	Key         string `json:"key"` // one line in authorized_keys form
+	// LoopbackOnly makes the key count from 127.0.0.0/8 and ::1 only. Enrolling it again
+	// never lifts that.
+	LoopbackOnly bool `json:"loopback_only,omitempty"`
 }
 
 // A RefusedError says why an enrolment or a key file is not taken, and what to do
@@ -66,8 +69,7 @@ func (b *Book) Roles() []Role {
 
 // Check says what the book would hold after e and changes nothing. The error is a
 // *RefusedError. The caller decides whether it may (see [Role.MayEnroll]), commits
-// both rows, then calls Apply. A first admin's key is made by setting LoopbackOnly
-// in between; enrolling a key again never lifts that.
+// both rows, then calls Apply.
 func (b *Book) Check(e Enrollment) (User, Key, error) {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
@@ -80,13 +82,13 @@ func (b *Book) Check(e Enrollment) (User, Key, error) {
 	if err != nil {
 		return User{}, Key{}, err
 	}
-	k.User, k.Added = u.Name, now
+	k.User, k.Added, k.LoopbackOnly = u.Name, now, e.LoopbackOnly
 	if have, ok := b.keys[k.Fingerprint]; ok {
 		if have.User != u.Name {
 			return User{}, Key{}, refuse("every person needs a key of their own: ssh-keygen -t ed25519",
 				"the key %s is already somebody else's", k.Fingerprint)
 		}
-		k.Added, k.LoopbackOnly = have.Added, have.LoopbackOnly
+		k.Added, k.LoopbackOnly = have.Added, have.LoopbackOnly || e.LoopbackOnly
 	}
 	return u, k, nil
 }

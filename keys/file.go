@@ -88,9 +88,22 @@ func WriteFile(path string, data []byte, mode fs.FileMode) error {
 	return nil
 }
 
+// tempName is what a file is called until it is whole.
+const tempName = ".rai-*"
+
+// Sweep removes what processes that were killed while they wrote a file into dir have
+// left there. Nobody may be writing into it.
+func Sweep(dir string) error {
+	left, err := filepath.Glob(filepath.Join(dir, tempName))
+	for _, path := range left {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
+}
+
 // writeTemp writes data to a new file beside path, on the disk when it returns.
 func writeTemp(path string, data []byte, mode fs.FileMode) (string, error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".rai-*") // O_EXCL, 0600
+	f, err := os.CreateTemp(filepath.Dir(path), tempName) // O_EXCL, 0600
 	if err != nil {
 		return "", err
 	}

@@ -15,6 +15,7 @@ const (
 	Staff   Role = "staff"
 	Admin   Role = "admin"
 	Runner  Role = "runner" // a machine; may do nothing a person may
+	Door    Role = "door"   // another raid of the same deployment; it brings people's sessions
 )
 
 // An Identity is who a verified key belongs to, at the moment of login.

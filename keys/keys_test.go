@@ -331,7 +331,7 @@ func FuzzEnrollment(f *testing.F) {
 	f.Add("", "", "", "-", "\x00", "", "", `command="x" `+key)
 	f.Fuzz(func(t *testing.T, user, email, role, team, first, last, aff, k string) {
 		var b Book
-		e := Enrollment{user, email, Role(role), team, first, last, aff, k}
+		e := Enrollment{user, email, Role(role), team, first, last, aff, k, false}
 		u, key, err := b.Check(e)
 		if err != nil {
 			var r *RefusedError

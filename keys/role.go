@@ -11,7 +11,7 @@ func (r Role) rank() int {
 	if i := slices.Index(ladder[:], r); i >= 0 {
 		return i
 	}
-	if r == "" || r == Runner {
+	if r == "" || r == Runner || r == Door {
 		return -1
 	}
 	return 1
@@ -21,8 +21,9 @@ func (r Role) rank() int {
 // (guest, student, power, staff, admin; a role added in raid.toml stands beside
 // student). A runner is a machine: only Runner is at least Runner, and Runner is at
 // least nothing else, so an admin's key cannot take jobs nor a runner's submit them.
+// The same holds for Door.
 func (r Role) AtLeast(min Role) bool {
-	if r == Runner || min == Runner || min == "" {
+	if r == Runner || r == Door || min == Runner || min == Door || min == "" {
 		return r == min && r != ""
 	}
 	return r.rank() >= min.rank()
@@ -36,6 +37,6 @@ func (r Role) MayEnroll(was, will Role) bool {
 	if r == Admin {
 		return true
 	}
-	below := func(x Role) bool { return x != Runner && !x.AtLeast(Staff) }
+	below := func(x Role) bool { return x != Runner && x != Door && !x.AtLeast(Staff) }
 	return r == Staff && below(was) && below(will)
 }

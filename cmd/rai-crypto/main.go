@@ -2,10 +2,12 @@
 //
 //	rai-crypto encrypt -r DIR/host_key.pub 'redis://:password@host:6379/1'
 //	echo -n 'password' | rai-crypto encrypt -r DIR/host_key.pub
+//	rai-crypto encrypt -r host_key.pub --push ada@registry.example.edu < password
 //	rai-crypto decrypt -i DIR/host_key age:…
 //
-// What it prints goes into raid.toml in the place of the secret; raid reads it with
-// its host key. Without an argument the secret is read from stdin, which keeps it out
+// What it prints goes into raid.toml in the place of the secret, or, with --push, into a
+// build file, a profile or RAI_PUSH in the place of a registry's password; raid reads it with its host key,
+// whose public half `ssh-keyscan -p PORT HOST | cut -d" " -f2-` shows. Without an argument the secret is read from stdin, which keeps it out
 // of the shell's history. The flags of RAI's rai-crypto are accepted; -s has no meaning.
 package main
 
@@ -41,7 +43,7 @@ func main() {
 }
 
 func encryptCommand() *cobra.Command {
-	var to string
+	var to, push string
 	cmd := &cobra.Command{
 		Use: "encrypt [SECRET]", Short: "Encrypts a secret to raid's host key", Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -52,10 +54,18 @@ func encryptCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return filter(cmd, args, func(text string) (string, error) { return secret.Encrypt(text, string(public)) })
+			return filter(cmd, args, func(text string) (string, error) {
+				if user, registry, ok := strings.Cut(push, "@"); ok {
+					text = secret.Bind(text, secret.Push(user, registry))
+				} else if push != "" {
+					return "", cli.Usagef("it looks like: --push ada@registry.example.edu", "--push %s", push)
+				}
+				return secret.Encrypt(text, string(public))
+			})
 		},
 	}
 	cmd.Flags().StringVarP(&to, "recipient", "r", "", "raid's host_key.pub")
+	cmd.Flags().StringVar(&push, "push", "", "USER@REGISTRY: for a build file; raid uses it for that user's pushes to that registry and nothing else")
 	return cmd
 }
 

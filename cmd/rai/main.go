@@ -93,6 +93,8 @@ type app struct {
 	secret                           string
 	color, verbose, debug            bool
 	submission
+
+	accounts *profile.Profile // whose accounts raid may see, set by connect
 }
 
 // run is the program. It prints the error itself.
@@ -248,8 +250,14 @@ func (a *app) connect(ctx context.Context) (*dial.Client, error) {
 	if err != nil {
 		return nil, cli.Usagef("", "%w", err)
 	}
-	// The profile's host key is that of the profile's server and of no other.
-	if own, err := dial.Parse(p.Server); p.HostKey != "" && a.known == "" && err == nil && own.Addr == t.Addr {
+	// The profile's host key is that of the profile's server and of no other, and its
+	// passwords are for that one only.
+	own, err := dial.Parse(p.Server)
+	mine := err == nil && own.Addr == t.Addr
+	if a.accounts = new(profile.Profile); mine || p.Server == "" {
+		a.accounts = p
+	}
+	if p.HostKey != "" && a.known == "" && mine {
 		t.HostKeys = []string{p.HostKey}
 	} else if err := t.Trust(a.known, identity); err != nil {
 		return nil, err

@@ -41,12 +41,13 @@ func (a *app) submit(ctx context.Context, chosen bool) error {
 		return err
 	}
 	defer c.Close()
+	push := a.pushAccount()
 	if a.secret != "" {
 		a.say("--secret has no meaning any more; raid knows you by your key")
 	}
 	parcel := a.pack()
 	watch := &jobWatcher{w: a.err}
-	status, err := c.Run(ctx, line, parcel, a.out, watch)
+	status, err := c.Run(ctx, line, parcel, a.out, watch, push...)
 	if packErr := parcel.Close(); packErr != nil && ctx.Err() == nil {
 		return packErr
 	}

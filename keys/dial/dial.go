@@ -270,13 +270,13 @@ func (c *Client) Close() error {
 // to stdout and stderr (nil: nowhere). It returns the command's exit status once both
 // have been written.
 //
-// When ctx ends the session is closed at once and the error is ctx's cause. The same
+// env is as for Start. When ctx ends the session is closed at once and the error is ctx's cause. The same
 // happens when a stream of ours fails: the command must not take half an input for
 // the whole. Nothing is waited for that may never end: if the command ends first, one
 // goroutine stays behind in stdin's Read until that returns, and after an early end
 // one may stay in a Write of stdout.
-func (c *Client) Run(ctx context.Context, command string, stdin io.Reader, stdout, stderr io.Writer) (int, error) {
-	s, err := c.Start(ctx, command, stderr)
+func (c *Client) Run(ctx context.Context, command string, stdin io.Reader, stdout, stderr io.Writer, env ...string) (int, error) {
+	s, err := c.Start(ctx, command, stderr, env...)
 	if err != nil {
 		return 0, err
 	}

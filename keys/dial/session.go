@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 
@@ -32,8 +33,10 @@ type Session struct {
 }
 
 // Start starts a command. Its stderr is copied to stderr (nil: nowhere) while it
-// runs. When ctx ends the session is closed at once. The caller must call Wait.
-func (c *Client) Start(ctx context.Context, command string, stderr io.Writer) (*Session, error) {
+// runs. When ctx ends the session is closed at once. env are variables, NAME=VALUE, that
+// the command is told; a server may refuse one, of which nothing is said. The caller must
+// call Wait.
+func (c *Client) Start(ctx context.Context, command string, stderr io.Writer, env ...string) (*Session, error) {
 	if err := context.Cause(ctx); err != nil {
 		return nil, err
 	}
@@ -50,6 +53,10 @@ func (c *Client) Start(ctx context.Context, command string, stderr io.Writer) (*
 		s.wg.Wait()
 		close(s.settled)
 	}()
+	for _, kv := range env { // one that is lost with the connection is lost with the command
+		name, value, _ := strings.Cut(kv, "=")
+		ch.SendRequest("env", false, ssh.Marshal(struct{ Name, Value string }{name, value}))
+	}
 	ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ Command string }{command}))
 	if err == nil && ok {
 		return s, nil

@@ -2,7 +2,7 @@
 // they are, where raid is, which key is theirs and what raid's own key looks like.
 //
 // The form is RAI's, so an old profile still reads; RAI's access_key and secret_key
-// mean nothing any more and are passed over with a note. Three names are new:
+// mean nothing any more and are passed over with a note. Four names are new:
 //
 //	profile:
 //	  username: ada
@@ -13,6 +13,9 @@
 //	  server: rai@gpu.example.edu:2222
 //	  key: /home/ada/.ssh/rai
 //	  host_key: ssh-ed25519 AAAA…
+//	  dockerhub: {username: ada, password: "age:…"}
+//	  registries:
+//	    registry.example.edu: {username: ada, password: "age:…"}
 //
 // A name that is not known is an error with its line and a caret: a typo must not
 // become a default. No secret ever stands in a profile that this package writes, and
@@ -25,6 +28,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 
@@ -34,17 +38,20 @@ import (
 
 // A Profile is what the file says. Only Server is needed to reach raid.
 type Profile struct {
-	FirstName   string    `yaml:"firstname,omitempty"`
-	LastName    string    `yaml:"lastname,omitempty"`
-	Username    string    `yaml:"username,omitempty"`
-	Email       string    `yaml:"email,omitempty"`
-	Affiliation string    `yaml:"affiliation,omitempty"`
-	Role        string    `yaml:"role,omitempty"`
-	Team        Team      `yaml:"team,omitempty"`
-	DockerHub   DockerHub `yaml:"dockerhub,omitempty"`
-	Server      string    `yaml:"server,omitempty"`   // as dial.Parse reads it
-	Key         string    `yaml:"key,omitempty"`      // the private key's file; see KeyFile
-	HostKey     string    `yaml:"host_key,omitempty"` // raid's public key, authorized_keys form
+	FirstName   string  `yaml:"firstname,omitempty"`
+	LastName    string  `yaml:"lastname,omitempty"`
+	Username    string  `yaml:"username,omitempty"`
+	Email       string  `yaml:"email,omitempty"`
+	Affiliation string  `yaml:"affiliation,omitempty"`
+	Role        string  `yaml:"role,omitempty"`
+	Team        Team    `yaml:"team,omitempty"`
+	DockerHub   Account `yaml:"dockerhub,omitempty"`
+	Server      string  `yaml:"server,omitempty"`   // as dial.Parse reads it
+	Key         string  `yaml:"key,omitempty"`      // the private key's file; see KeyFile
+	HostKey     string  `yaml:"host_key,omitempty"` // raid's public key, authorized_keys form
+
+	// Registries are the accounts on others than Docker Hub, by host or host:port.
+	Registries map[string]Account `yaml:"registries,omitempty"`
 
 	AccessKey string `yaml:"access_key,omitempty"` // RAI's, without meaning; never written
 	SecretKey string `yaml:"secret_key,omitempty"` // likewise
@@ -57,10 +64,26 @@ type Team struct {
 	Name string `yaml:"name,omitempty"`
 }
 
-// DockerHub is the account that build_image.push of a build file may use.
-type DockerHub struct {
+// An Account is one that a build file's push may use which brings no credentials.
+type Account struct {
 	Username string `yaml:"username,omitempty"`
-	Password string `yaml:"password,omitempty"`
+	Password string `yaml:"password,omitempty"` // may be encrypted: rai-crypto encrypt --push
+}
+
+// Account returns the account on a registry, "docker.io" for Docker Hub. ok is false if
+// there is none.
+func (p *Profile) Account(registry string) (a Account, ok bool) {
+	a, ok = p.Registries[registry]
+	if !ok && (registry == "docker.io" || registry == "index.docker.io") {
+		a = p.DockerHub
+	}
+	return a, a.Username != "" && a.Password != ""
+}
+
+// Exposed reports whether others than its owner may read the file it came from.
+func (p *Profile) Exposed() bool {
+	i, err := os.Stat(p.path)
+	return err == nil && i.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows"
 }
 
 // maxSize bounds a profile. Nobody needs more, and the YAML library takes quadratic time
@@ -205,10 +228,11 @@ func (p *Profile) KeyFile() string {
 	return file
 }
 
-// Marshal returns the profile as YAML, without RAI's two keys.
+// Marshal returns the profile as YAML, without RAI's two keys and without accounts.
 func (p *Profile) Marshal() ([]byte, error) {
 	q := *p
 	q.AccessKey, q.SecretKey = "", ""
+	q.DockerHub, q.Registries = Account{}, nil
 	b, err := yaml.Marshal(struct {
 		Profile Profile `yaml:"profile"`
 	}{q})

@@ -18,7 +18,7 @@ func TestParse(t *testing.T) {
 		{"empty", "", Profile{}, 0},
 		{"what RAI makes when there is none", "profile:\n", Profile{}, 0},
 		{"RAI's", "profile:\n  firstname: Ada\n  lastname: Lovelace\n  username: ada\n  email: ada@example.edu\n  access_key: AAAA\n  secret_key: BBBB\n  affiliation: uiuc\n  role: student\n  team:\n    name: team7\n  dockerhub:\n    username: u\n    password: p\n",
-			Profile{FirstName: "Ada", LastName: "Lovelace", Username: "ada", Email: "ada@example.edu", Affiliation: "uiuc", Role: "student", Team: Team{"team7"}, DockerHub: DockerHub{"u", "p"}}, 1},
+			Profile{FirstName: "Ada", LastName: "Lovelace", Username: "ada", Email: "ada@example.edu", Affiliation: "uiuc", Role: "student", Team: Team{"team7"}, DockerHub: Account{"u", "p"}}, 1},
 		{"ours", "profile:\n  username: ada\n  server: rai@127.0.0.1:2222\n  key: ada\n  host_key: ssh-ed25519 AAAA\n",
 			Profile{Username: "ada", Server: "rai@127.0.0.1:2222", Key: "ada", HostKey: "ssh-ed25519 AAAA"}, 0},
 		{"CRLF and a comment", "# mine\r\nprofile:\r\n  username: ada # me\r\n", Profile{Username: "ada"}, 0},
@@ -127,4 +127,16 @@ func FuzzProfile(f *testing.F) {
 			t.Errorf("Parse(Marshal(%+v)) = %+v, %v\n%s", p, q, err, b)
 		}
 	})
+}
+
+func TestAccount(t *testing.T) {
+	p := Profile{DockerHub: Account{"ada", "hub"}, Registries: map[string]Account{"r.example.edu:5000": {"ada", "own"}, "half.example.edu": {Username: "ada"}}}
+	for registry, want := range map[string]string{"docker.io": "hub", "index.docker.io": "hub", "r.example.edu:5000": "own", "r.example.edu": "", "half.example.edu": "", "": ""} {
+		if a, ok := p.Account(registry); ok != (want != "") || ok && a.Password != want {
+			t.Errorf("Account(%q) = %v, %v, want the password %q", registry, a, ok, want)
+		}
+	}
+	if b, err := p.Marshal(); err != nil || strings.Contains(string(b), "own") || strings.Contains(string(b), "hub") {
+		t.Errorf("a profile is written with passwords: %s, %v", b, err)
+	}
 }

@@ -75,3 +75,19 @@ func Decrypt(text string, private []byte) (string, error) {
 	}
 	return string(plain), nil
 }
+
+// Push is what a registry's password is for: user pushes to registry.
+func Push(user, registry string) string { return "push " + user + "@" + registry }
+
+// Bind says what a secret is for, before it is encrypted: raid reveals such a one for
+// nothing else, so that a copy of it is of no use to anybody else.
+func Bind(text, purpose string) string { return purpose + "\n" + text }
+
+// Unbind returns the text that Bind got, if it was for that purpose.
+func Unbind(bound, purpose string) (string, error) {
+	text, ok := strings.CutPrefix(bound, purpose+"\n")
+	if !ok {
+		return "", errors.New("a secret that is for something else")
+	}
+	return text, nil
+}

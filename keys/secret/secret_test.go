@@ -81,3 +81,19 @@ func FuzzDecrypt(f *testing.F) {
 		}
 	})
 }
+
+// What was made for one purpose is revealed for no other.
+func TestBind(t *testing.T) {
+	bound := Bind("hunter2", Push("ada", "docker.io"))
+	if got, err := Unbind(bound, Push("ada", "docker.io")); got != "hunter2" || err != nil {
+		t.Errorf("Unbind = %q, %v", got, err)
+	}
+	for _, other := range []string{Push("bob", "docker.io"), Push("ada", "docker.io.evil.com"), Push("ada", ""), ""} {
+		if got, err := Unbind(bound, other); err == nil {
+			t.Errorf("Unbind for %q = %q, want an error", other, got)
+		}
+	}
+	if got, err := Unbind("hunter2", Push("ada", "docker.io")); err == nil {
+		t.Errorf("Unbind of what was never bound = %q, want an error", got)
+	}
+}
