@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
@@ -25,9 +24,6 @@ import (
 	"github.com/rai-project/raid/runner/box"
 	"github.com/rai-project/raid/runner/box/bwrap"
 	"github.com/rai-project/raid/runner/job"
-	"github.com/rai-project/raid/sshd/brain"
-	"github.com/rai-project/raid/sshd/queue"
-	"github.com/rai-project/raid/sshd/store"
 )
 
 func benchLogin(b *bench) {
@@ -78,22 +74,20 @@ func benchBox(b *bench) {
 }
 
 func firstByte(b *bench, e box.Engine, n int) float64 {
-	x, err := e.Start(context.Background(), box.Config{ID: fmt.Sprintf("b%d", n), Limits: job.Limits{Memory: 1 << 30, Pids: 4096, Disk: 1 << 30}})
-	if err != nil {
-		b.Fatal(err)
-	}
+	return orderToByte(b, b.readyBox(e, box.Config{ID: fmt.Sprintf("b%d", n), Limits: job.Limits{Memory: 1 << 30, Pids: 4096, Disk: 1 << 30}}))
+}
+
+// orderToByte gives a box its order, and removes it after its first byte.
+func orderToByte(b *bench, x *openBox) float64 {
+	b.Helper()
 	defer x.Close()
-	frames := job.NewFrameReader(x.Stdout())
-	if k, _, err := frames.Next(); k != job.Ready || err != nil {
-		b.Fatalf("first frame %q, %v", byte(k), err)
-	}
 	order, _ := json.Marshal(job.BoxOrder{Spec: job.Spec{Steps: []string{"echo hi"}, Limits: job.Limits{Time: time.Minute}}, Env: []string{"PATH=/usr/bin:/bin"}})
 	return timed(func() {
 		if err := job.WriteFrame(x.Stdin(), job.Order, order); err != nil {
 			b.Fatal(err)
 		}
 		for {
-			k, _, err := frames.Next()
+			k, _, err := x.frames.Next()
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -393,105 +387,6 @@ func (b *bench) newest(r *raid) int64 {
 	return j.ID
 }
 
-// benchQueue drives brain and SQLite in this process: a cycle is a submit, a lease and
-// a finish, each durable before the next.
-func benchQueue(b *bench) {
-	dir := filepath.Join(b.dir, "queue")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		b.Fatal(err)
-	}
-	st, err := store.OpenSQLite(context.Background(), dir, jobsView)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer st.Close()
-	br, stop := b.startBrain(st)
-	defer stop()
-	one, waits := b.cycles(br, 1, 3*time.Second)
-	many, _ := b.cycles(br, 256, 5*time.Second)
-	b.plain("submit + lease + finish, durable, SQLite, 1 client", fmt.Sprintf("%.0f /s", one))
-	b.number("the same, 256 clients", fmt.Sprintf("%.0f /s", many), "≥ 20,000 /s", many >= 20_000)
-	p50, p99 := waits.median(), waits.quantile(0.99)
-	b.plain("submit called → offer at an idle runner (in the process, the commit included)", fmt.Sprintf("p50 %s, p99 %s ms", number(p50), number(p99)))
-}
-
-func (b *bench) startBrain(st store.Store) (*brain.Brain, func()) {
-	br, err := brain.New(context.Background(), brain.Config{Store: st, Policy: queue.DefaultPolicy(), Logf: b.Logf})
-	if err != nil {
-		b.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- br.Run(ctx) }()
-	return br, func() {
-		cancel()
-		if err := <-ended; err != nil {
-			b.Error(err)
-		}
-	}
-}
-
-func aJob(user string) queue.Submit {
-	return queue.Submit{Record: job.Record{Job: job.Job{User: user, Pool: "p", Kind: "run"},
-		Spec: job.Spec{Steps: []string{"true"}, Limits: job.Limits{Time: time.Hour}}}}
-}
-
-// cycles runs so many clients, each with a runner, for so long. It returns cycles a
-// second, and how long after the call of a submit the offer came, in ms: its commit is
-// part of that, because an offer may be read before the submit has returned.
-func (b *bench) cycles(br *brain.Brain, clients int, long time.Duration) (rate float64, waits sample) {
-	ctx, cancel := context.WithTimeout(context.Background(), long)
-	defer cancel()
-	var wg sync.WaitGroup
-	var mu sync.Mutex
-	total := 0
-	start := time.Now()
-	for i := range clients {
-		wg.Go(func() {
-			n, ws := cycle(ctx, b, br, fmt.Sprintf("c%d-%d", clients, i))
-			mu.Lock()
-			defer mu.Unlock()
-			total, waits = total+n, append(waits, ws...)
-		})
-	}
-	wg.Wait()
-	return float64(total) / time.Since(start).Seconds(), waits
-}
-
-// cycle is one client and one runner in a pool of their own.
-func cycle(ctx context.Context, b *bench, br *brain.Brain, name string) (n int, waits sample) {
-	back := context.Background()
-	l, err := br.Join(back, queue.Runner{ID: name, Name: name, Pools: []string{name}}, nil)
-	if err != nil {
-		b.Error(err)
-		return 0, nil
-	}
-	defer l.Leave(back)
-	submit := aJob(name)
-	submit.Record.Pool = name
-	for ctx.Err() == nil {
-		if err := l.Beat(back, job.Beat{Idle: true}); err != nil {
-			b.Error(err)
-			return n, waits
-		}
-		sent, read := time.Now(), make(chan time.Time, 1)
-		var offer *job.Offer
-		go func() { offer = (<-l.Calls()).Offer; read <- time.Now() }() // ends with the offer, or the link
-		if _, err := br.Do(back, submit); err != nil {
-			b.Error(err)
-			return n, waits
-		}
-		waits = append(waits, float64((<-read).Sub(sent).Microseconds())/1000)
-		done := queue.Finish{Runner: name, Lease: offer.Lease, Result: job.Result{Reason: job.ReasonExit, Begun: true}}
-		if _, err := br.Do(back, done); err != nil {
-			b.Error(err)
-			return n, waits
-		}
-		n++
-	}
-	return n, waits
-}
-
 const idleSessions = 1000
 
 // benchIdle attaches many clients to one job that has printed a little and waits.
@@ -542,66 +437,4 @@ func attach(c *ssh.Client, id int64) error {
 	}
 	_, err = io.ReadFull(out, make([]byte, 4096))
 	return err
-}
-
-const queued = 100_000
-
-// benchRestart fills a queue, starts raid on it and looks when the first job ran.
-func benchRestart(b *bench) {
-	state := filepath.Join(b.dir, "restart")
-	if err := os.MkdirAll(state, 0o700); err != nil {
-		b.Fatal(err)
-	}
-	b.fill(state)
-	start := time.Now()
-	r := b.startRaid(b.T, "restart", "")
-	listens := time.Since(start)
-	pid := r.runnerPIDSoon(b)
-	j := r.wait(b, 1, func(s job.State) bool { return s != job.Queued })
-	ms := float64(j.StartedAt.Sub(start).Milliseconds())
-	syscall.Kill(r.pid, syscall.SIGKILL) // or it would run the other 99,999
-	syscall.Kill(pid, syscall.SIGTERM)   // the runner removes its boxes; it is told twice,
-	time.Sleep(100 * time.Millisecond)   // for it has nobody to deliver its job to
-	syscall.Kill(pid, syscall.SIGTERM)
-	b.Logf("listens after %v", listens)
-	b.number("restart with 100,000 queued jobs → first dispatch", fmt.Sprintf("%.0f ms", ms), "≤ 2,000 ms", ms <= 2000)
-}
-
-// runnerPIDSoon waits for the local runner of a raid that was just started.
-func (r *raid) runnerPIDSoon(b *bench) int {
-	lock := filepath.Join(r.state, "runners", "0", "lock")
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if text, err := os.ReadFile(lock); err == nil && len(text) > 0 {
-			return r.runnerPID(b)
-		}
-	}
-	b.Fatal("no local runner")
-	return 0
-}
-
-// fill queues jobs of 1,000 people into the store of a state folder.
-func (b *bench) fill(state string) {
-	st, err := store.OpenSQLite(context.Background(), state, jobsView)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer st.Close()
-	br, stop := b.startBrain(st)
-	defer stop()
-	c := defaults()
-	pool := c.pools(runtime.GOARCH)[0]
-	var wg sync.WaitGroup
-	for part := range 256 {
-		wg.Go(func() {
-			for i := part; i < queued; i += 256 {
-				submit := aJob(fmt.Sprintf("user%d", i%1000))
-				submit.Record.Pool = pool
-				if _, err := br.Do(context.Background(), submit); err != nil {
-					b.Error(err)
-					return
-				}
-			}
-		})
-	}
-	wg.Wait()
 }

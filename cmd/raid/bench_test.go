@@ -39,14 +39,19 @@ func TestBench(t *testing.T) {
 		{"login", benchLogin},
 		{"echo", benchEcho},
 		{"box", benchBox},
+		{"docker", benchDocker},
 		{"upload", benchUpload},
 		{"live", benchLive},
 		{"lines", benchLines},
 		{"latency", benchLatency},
 		{"blocked", benchBlocked},
+		{"mirror", benchMirror},
 		{"queue", benchQueue},
+		{"redis", benchRedis},
+		{"doors", benchDoors},
 		{"idle", benchIdle},
 		{"restart", benchRestart},
+		{"s3", benchS3},
 	}
 	only := strings.FieldsFunc(os.Getenv("RAID_BENCH_ONLY"), func(r rune) bool { return r == ',' })
 	for _, g := range groups {
@@ -185,6 +190,9 @@ func (b *bench) table() string {
 	}
 	fmt.Fprintf(&s, "\n| what | raid | peer | ratio | goal | |\n|---|---|---|---|---|---|\n")
 	for _, r := range b.rows {
+		if r.ours == "" { // a heading
+			r.what, r.peer, r.ratio, r.goal = "*"+r.what+"*", "", "", ""
+		}
 		fmt.Fprintf(&s, "| %s | %s | %s | %s | %s | %s |\n", r.what, r.ours, r.peer, r.ratio, r.goal, r.verdict)
 	}
 	return s.String()

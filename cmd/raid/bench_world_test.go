@@ -374,8 +374,17 @@ type redisServer struct {
 
 func (b *bench) startRedis(t *testing.T) *redisServer {
 	t.Helper()
+	return b.startRedisWith(t, "--appendonly", "no")
+}
+
+func (b *bench) startRedisWith(t *testing.T, more ...string) *redisServer {
+	t.Helper()
 	port := freePort(t)
-	cmd := exec.Command("redis-server", "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", b.dir)
+	dir := filepath.Join(b.dir, "redis-"+port)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("redis-server", append([]string{"--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", dir}, more...)...)
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("redis-server: %v", err)
 	}

@@ -1,14 +1,20 @@
 package main
 
 import (
+	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/cache"
+	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd"
 )
 
 // readText reads text as raid.toml.
@@ -41,7 +47,9 @@ func TestConfigDefaults(t *testing.T) {
 		{"upload", l.Upload, int64(1 << 30)},
 		{"reserve", float64(c.Limits.Reserve), 0.05},
 		{"orphan", c.rules().Orphan, 30 * time.Minute},
-		{"warm", c.rules().Warm, true},
+		{"warm", c.rules().Warm, 1},
+		{"gpu_check", c.rules().Check, time.Minute},
+		{"gpus_per_slot", c.Runners.PerSlot, 1},
 	} {
 		if tt.got != tt.want {
 			t.Errorf("%s = %v, want %v", tt.what, tt.got, tt.want)
@@ -81,18 +89,37 @@ func TestConfigRefuses(t *testing.T) {
 		{"[runners]\nlocal = 1.5\n", []string{"[runners] local"}},
 		{"[runners]\norphan = \"soon\"\n", []string{"soon"}},
 		{"[box]\nengine = \"podman\"\n", []string{"[box] engine", "podman"}},
-		{"[box]\nwarm = 2\n", []string{"[box] warm"}},
+		{"[box]\nwarm = 9\n", []string{"[box] warm"}},
 		{"[queue]\nstore = \"mysql\"\n", []string{"[queue] store", "mysql"}},
+		{"[queue]\nstore = \"redis://host:port/0\"\n", []string{"[queue] store", "redis://user:password@host:6379/0"}},
+		{"[queue]\nstore = \"redis://host/0?durable=no\"\n", []string{"[queue] store", `"durable"`}},
 		{"[roles.guest]\ntime = \"1h\"\n", []string{"[roles.guest]"}},
 		{"[roles.student]\ntime = \"0s\"\n", []string{"[roles.student] time"}},
 		{"[roles.student]\ngpus = -1\n", []string{"[roles.student] gpus"}},
 		{"[pools.\"a b\"]\n", []string{"[pools.\"a b\"]"}},
 		{"[log]\nlevel = \"loud\"\n", []string{"[log] level", "loud"}},
+		{"[runners]\ngpus_per_slot = 0\n", []string{"gpus_per_slot = 0", "1 to 64"}},
+		{"[box]\npull = \"always\"\n", []string{"[box] pull", "always"}},
+		{"[box]\nrefresh = \"0s\"\n", []string{"[box] refresh", "missing"}},
+		{"[box]\nengine = \"docker\"\n", []string{"[box] engine", "needs image"}},
+		{"[box]\nallow = [\"[\"]\n", []string{"[box] allow", "no pattern"}},
+		{"[pools.x]\nengine = \"auto\"\n", []string{"[pools.x] engine", "leave it out"}},
+		{"[pools.x]\nengine = \"docker\"\n", []string{"[pools.x] engine", "needs image"}},
+		{"[pools.x]\nallow = [\"\"]\n", []string{"[pools.x] allow", "no pattern"}},
+		{"[pools.x]\ncaps = [\"SYS_ADMIN\"]\n", []string{"[pools.x]", "SYS_ADMIN"}},
+		{"[box]\ncaps = [\"CHOWN\"]\n[pools.x]\nstrict = true\n", []string{"[pools.x]", "caps"}},
+		{"[roles.staff]\nimages = [\"[\"]\n", []string{"[roles.staff] images", "no pattern"}},
+		{"[registries.\"h:5000\"]\npassword = \"hunter2\"\n", []string{"[registries.\"h:5000\"]", "a user and a password"}},
+		{"[registries.\"https://h\"]\nuser = \"u\"\npassword = \"hunter2\"\n", []string{"host:port"}},
+		{"[runners]\ngpu_check = \"0s\"\n", []string{"gpu_check must be positive"}},
 	} {
 		_, err := readText(t, tt.text)
 		if err == nil {
 			t.Errorf("readConfig(%q) = nil, want an error", tt.text)
 			continue
+		}
+		if strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("readConfig(%q) = %v, which shows the password", tt.text, err)
 		}
 		for _, part := range append(tt.want, "raid.toml") {
 			if !strings.Contains(err.Error(), part) {
@@ -180,4 +207,50 @@ func FuzzConfig(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestConfigPoolRules(t *testing.T) {
+	c, err := readText(t, "[pools.a]\ndata = \"/srv/x\"\n[pools.b]\ncache = \"1GiB\"\n[pools.c]\ncache = \"2GiB\"\ncache_keep = \"24h\"\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := c.rules()
+	if want := map[string]string{"a": "/srv/x"}; !maps.Equal(r.Data, want) {
+		t.Errorf("data = %v, want %v", r.Data, want)
+	}
+	if want := map[string]cache.Quota{"b": {Bytes: 1 << 30, Keep: 720 * time.Hour}, "c": {Bytes: 2 << 30, Keep: 24 * time.Hour}}; !maps.Equal(r.Caches, want) {
+		t.Errorf("caches = %v, want %v", r.Caches, want)
+	}
+}
+
+// What a pool says of its boxes replaces what [box] says, key by key.
+func TestConfigBoxes(t *testing.T) {
+	c, err := readText(t, "[box]\nimage = \"base\"\nallow = [\"a/*\"]\ncaps = [\"CHOWN\"]\n[roles.staff]\nimages = [\"**\"]\n"+
+		"[pools.plain]\n[pools.own]\nimage = \"other\"\n[pools.none]\nimage = \"\"\nallow = []\nstrict = true\ncaps = []\nengine = \"bwrap\"\nkeep_going = true\nstrict_arch = true\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, roles := c.rules(), map[string][]string{"staff": {"**"}}
+	got := r.boxes([]string{"plain", "own", "none", "unknown"})
+	for pool, want := range map[string]box.Rules{
+		"plain": {Images: job.Images{Default: "base", Allow: []string{"a/*"}, Roles: roles, Table: "[box]"}, Caps: []string{"CHOWN"}},
+		"own":   {Images: job.Images{Default: "other", Allow: []string{"a/*"}, Roles: roles, Table: "[box]"}, Caps: []string{"CHOWN"}},
+		"none":  {Images: job.Images{Allow: []string{}, Roles: roles, Table: "[pools.none]"}, Strict: true, Caps: []string{}},
+	} {
+		if !reflect.DeepEqual(*got[pool], want) {
+			t.Errorf("pool %s: %+v, want %+v", pool, *got[pool], want)
+		}
+	}
+	if got["unknown"] != got["plain"] {
+		t.Error("pools without rules of their own do not share those of [box], nor warm boxes")
+	}
+	if asks := c.asks(); asks["plain"] != (sshd.Rules{}) || asks["none"] != (sshd.Rules{Engine: "bwrap", KeepGoing: true, StrictArch: true}) {
+		t.Errorf("asks = %+v", asks)
+	}
+	for first, want := range map[string]bool{"plain": true, "none": false} {
+		r.Engine = "docker"
+		if got := r.containers(t.Context(), []string{first, "own"}, t.Logf); got != want {
+			t.Errorf("with the first pool %s: containers = %v, want %v", first, got, want)
+		}
+	}
 }

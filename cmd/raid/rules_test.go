@@ -35,6 +35,7 @@ var importLaw = []struct {
 var owners = map[string][]string{
 	"github.com/gliderlabs/ssh":           {"sshd/door"},
 	"github.com/docker/docker":            {"runner/box/docker"},
+	"github.com/containerd/errdefs":       {"runner/box/docker"}, // the errors of docker/docker
 	"github.com/redis/go-redis":           {"sshd/stream", "sshd/store"},
 	"modernc.org/sqlite":                  {"sshd/store"},
 	"github.com/minio/minio-go":           {"sshd/blob"},
@@ -46,7 +47,7 @@ var owners = map[string][]string{
 	"github.com/spf13/pflag":              {"sshd"},
 	"github.com/anmitsu/go-shlex":         {"sshd"},
 	"github.com/google/uuid":              {"cmd/raid"},
-	"github.com/klauspost/compress":       {"runner/job/tree", "sshd/blob", "cmd/rai"},
+	"github.com/klauspost/compress":       {"runner/job/tree", "sshd/stream", "cmd/rai"},
 	"github.com/sabhiram/go-gitignore":    {"cmd/rai"},
 	"filippo.io/age":                      {"keys/secret"},
 	"github.com/prometheus/client_golang": {"sshd/web"},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,12 +12,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
-	"golang.org/x/sys/unix"
 
 	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
@@ -24,14 +24,18 @@ import (
 	"github.com/rai-project/raid/runner"
 	"github.com/rai-project/raid/runner/box"
 	"github.com/rai-project/raid/runner/box/bwrap"
+	"github.com/rai-project/raid/runner/box/docker"
+	"github.com/rai-project/raid/runner/cache"
 	"github.com/rai-project/raid/runner/gpu"
+	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/store"
 )
 
 // runnerFlags are those of `raid runner`; the short ones are RAI's.
 type runnerFlags struct {
-	state, server, identity, knownHosts, name, config, secret string
-	pools, gpus                                               []string
-	verbose, debug                                            bool
+	state, identity, knownHosts, name, config, secret string
+	servers, pools, gpus                              []string
+	verbose, debug                                    bool
 }
 
 func runnerCommand() *cobra.Command {
@@ -48,13 +52,13 @@ func runnerCommand() *cobra.Command {
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.state, "state", "", "the runner's own folder")
-	fl.StringVar(&f.server, "server", "", "where raid is: rai@host:port")
+	fl.StringArrayVar(&f.servers, "server", nil, "where raid is: rai@host:port; given again, another raid of the same deployment")
 	fl.StringVarP(&f.identity, "identity", "i", "", "the runner's private key")
 	fl.StringVar(&f.knownHosts, "known-hosts", "", "a file that holds raid's host key")
 	fl.StringVar(&f.name, "name", "", "what users see; the host's name by default")
 	fl.StringVar(&f.config, "config", "", "raid.toml, for [box], [limits] and [runners]")
 	fl.StringSliceVarP(&f.pools, "queue", "q", nil, "the pools to serve")
-	fl.StringSliceVar(&f.gpus, "gpu", nil, "the GPUs it owns, by index or UUID; all of the machine's by default")
+	fl.StringSliceVar(&f.gpus, "gpu", nil, "the GPUs or MIG slices it owns, by index or UUID; all of the machine's by default")
 	fl.StringVarP(&f.secret, "secret", "s", "", "accepted as in RAI; it has no meaning here")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "say more")
 	fl.BoolVarP(&f.debug, "debug", "d", false, "say everything")
@@ -73,11 +77,19 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 	}
 	first, signals := onSignals(ctx) // from here on nothing is left half made by a signal
 	defer signals.stop()
-	lock, err := lockSlot(dir)
+	lock, err := store.Lock(dir)
+	if errors.Is(err, store.ErrLocked) {
+		return fmt.Errorf("another runner uses %s", dir)
+	}
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
+	if !f.local() { // of a local one raid itself takes care
+		if err := keys.Sweep(dir); err != nil {
+			return err
+		}
+	}
 	slot, err := f.slot(dir)
 	if err != nil {
 		return err
@@ -87,22 +99,44 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 		level = "debug"
 	}
 	logger := newLogger(level).With("runner", slot.Name)
+	if !f.local() { // for a local one raid itself said it
+		tellUncut(first, logger)
+	}
 	gpus, err := ownGPUs(first, slot)
 	if err != nil {
 		return err
 	}
-	engine, err := newEngine(first, dir, slot, logger.Warnf)
+	claimed, err := gpu.Claim(gpus)
+	if err != nil {
+		return cli.Hintf(err, "give each runner GPUs of its own: --gpu UUID")
+	}
+	defer claimed.Close()
+	health := gpu.NewMonitor(gpus)
+	defer health.Close()
+	engine, rules, err := f.newEngine(first, dir, slot, logger.Warnf)
 	if err != nil && first.Err() != nil {
 		return nil // told to go before there was anything to do
 	}
 	if err != nil {
 		return err
 	}
+	caches, err := openCaches(dir, slot)
+	if err != nil {
+		return err
+	}
+	defer caches.Close()
+	slot.tellPools(engine.Name(), logger.Warnf)
 	if w := engine.Weakness(); w != "" {
 		logger.Warn("weaker than a container", "engine", engine.Name(), "what", w)
 	}
+	var builds *job.Builds
+	if _, ok := engine.(box.Builder); ok && slot.Config.builds() {
+		builds = &slot.Config.Builds
+	}
 	r := runner.New(runner.Config{Dir: dir, Name: slot.Name, Pools: slot.Pools, Arch: runtime.GOARCH, Engine: engine,
-		GPUs: gpus, Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Express: slot.Express, Local: f.server == "", Logf: logger.Infof,
+		Rules: rules, Builds: builds, GPUs: gpus, Check: health.Check, Recheck: slot.Config.Check, Data: slot.Config.Data, Cache: caches,
+		Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Fresh: slot.Config.fresh(), Express: slot.Express,
+		Local: f.local(), Logf: logger.Infof,
 		Dial: func(ctx context.Context) (*dial.Client, error) { return f.dial(ctx, dir) }})
 	defer context.AfterFunc(first, r.Drain)()
 	killable, kill := context.WithCancelCause(ctx)
@@ -115,29 +149,9 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 	return r.Run(killable)
 }
 
-// lockSlot takes the folder; its holder is told by the process id in the file.
-func lockSlot(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("another runner uses %s", dir)
-		}
-		return nil, err
-	}
-	if err := f.Truncate(0); err != nil {
-		return nil, err
-	}
-	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
-	return f, err
-}
-
 // slot is slot.json for a local runner, and made from flags for another.
 func (f *runnerFlags) slot(dir string) (slotFile, error) {
-	if f.server == "" {
+	if f.local() {
 		s, err := readSlot(dir)
 		if err != nil {
 			return s, cli.Hintf(err, "a runner that no raid serve prepared needs --server, -i and --known-hosts")
@@ -151,7 +165,7 @@ func (f *runnerFlags) slot(dir string) (slotFile, error) {
 	if err != nil {
 		return slotFile{}, err
 	}
-	s := slotFile{Name: f.name, Server: f.server, Pools: f.pools, GPUs: f.gpus, Config: c.rules()}
+	s := slotFile{Name: f.name, Servers: f.servers, Pools: f.pools, GPUs: f.gpus, Config: c.rules()}
 	if s.Name == "" {
 		if s.Name, err = os.Hostname(); err != nil {
 			return s, err
@@ -163,6 +177,16 @@ func (f *runnerFlags) slot(dir string) (slotFile, error) {
 	return s, nil
 }
 
+// tellPools says which pools want another engine than this runner's. raid offers it no job
+// of theirs.
+func (s *slotFile) tellPools(engine string, logf func(string, ...any)) {
+	for _, p := range s.Pools {
+		if want := s.Config.Engines[p]; want != "" && want != engine {
+			logf("takes no jobs of pool %s: it wants %s, and this runner makes boxes with %s; give it a runner of its own: -q %s", p, want, engine, p)
+		}
+	}
+}
+
 func readSlot(dir string) (s slotFile, err error) {
 	b, err := os.ReadFile(filepath.Join(dir, "slot.json"))
 	if err != nil {
@@ -171,28 +195,38 @@ func readSlot(dir string) (s slotFile, err error) {
 	return s, json.Unmarshal(b, &s)
 }
 
-// dial connects to raid. A local runner looks the address up every time.
+// local reports whether a raid serve beside it has prepared the runner.
+func (f *runnerFlags) local() bool { return len(f.servers) == 0 }
+
+// dial connects to raid: to the first of several that answers. A local runner looks the
+// address up every time.
 func (f *runnerFlags) dial(ctx context.Context, dir string) (*dial.Client, error) {
-	server, identity, hostKeys, known := f.server, f.identity, []string(nil), []string(nil)
-	if server == "" {
+	servers, identity, hostKeys, known := f.servers, f.identity, []string(nil), []string{f.knownHosts}
+	if f.local() {
 		s, err := readSlot(dir)
 		if err != nil {
 			return nil, err
 		}
-		server, identity, hostKeys = s.Server, filepath.Join(dir, "key"), []string{s.HostKey}
-	} else {
-		known = []string{f.knownHosts}
-	}
-	t, err := dial.Parse(server)
-	if err != nil {
-		return nil, err
+		servers, identity, hostKeys, known = s.Servers, filepath.Join(dir, "key"), []string{s.HostKey}, nil
 	}
 	signer, err := keys.LoadSigner(identity, nil)
 	if err != nil {
 		return nil, err
 	}
-	t.Signers, t.HostKeys, t.KnownHosts = []ssh.Signer{signer}, hostKeys, known
-	return dial.Dial(ctx, t)
+	var errs []error
+	for _, server := range servers {
+		t, err := dial.Parse(server)
+		if err != nil {
+			return nil, err
+		}
+		t.Signers, t.HostKeys, t.KnownHosts = []ssh.Signer{signer}, hostKeys, known
+		c, err := dial.Dial(ctx, t)
+		if err == nil {
+			return c, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
 }
 
 // ownGPUs returns the GPUs of this slot: those slot.json names, or all of them.
@@ -205,7 +239,7 @@ func ownGPUs(ctx context.Context, s slotFile) ([]gpu.Device, error) {
 		return all, nil
 	}
 	mine := slices.DeleteFunc(all, func(d gpu.Device) bool {
-		return !slices.Contains(s.GPUs, d.UUID) && !slices.Contains(s.GPUs, strconv.Itoa(d.Index))
+		return !slices.Contains(s.GPUs, d.UUID) && !slices.Contains(s.GPUs, d.Parent) && !slices.Contains(s.GPUs, strconv.Itoa(d.Index))
 	})
 	if len(mine) < len(s.GPUs) {
 		return nil, fmt.Errorf("of the GPUs %s only %d are there", strings.Join(s.GPUs, ", "), len(mine))
@@ -213,18 +247,111 @@ func ownGPUs(ctx context.Context, s slotFile) ([]gpu.Device, error) {
 	return mine, nil
 }
 
-// newEngine makes the engine that raid.toml chose. Its id is the runner's own and
-// stays, so that a later process finds what an earlier one left.
-func newEngine(ctx context.Context, dir string, s slotFile, logf func(string, ...any)) (box.Engine, error) {
+// newEngine makes the engine that raid.toml chose, and says by what rules it makes the
+// boxes of each pool, nil if it has no images. Its id is the runner's own and stays, so
+// that a later process finds what an earlier one left.
+func (f *runnerFlags) newEngine(ctx context.Context, dir string, s slotFile, logf func(string, ...any)) (box.Engine, map[string]*box.Rules, error) {
 	exe, err := os.Executable()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	left, err := leftEngines(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	id, err := runnerID(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	rules, shim := &s.Config, []string{"shim"}
+	containers := rules.containers(ctx, s.Pools, logf)
+	if err := left.sweep(ctx, id, containers, logf); err != nil {
+		return nil, nil, err
+	}
+	if !containers {
+		e, err := bwrap.New(ctx, bwrap.Config{ID: id, Exe: exe, Args: shim, Images: rules.Roots, Logf: logf})
+		if err != nil {
+			return nil, nil, err
+		}
+		return e, nil, nil
+	}
+	key := f.identity
+	if f.local() {
+		key = filepath.Join(dir, "..", "..", "host_key") // that of the raid serve beside it
+	}
+	registries, err := accounts(rules.Registries, key)
+	if err != nil {
+		return nil, nil, err
+	}
+	e, err := docker.New(ctx, docker.Config{ID: id, Exe: exe, Args: shim, Images: rules.Box.Images, Strict: rules.Box.Strict, Caps: rules.Box.Caps,
+		Refresh: rules.Refresh, Registries: registries, Logf: logf})
+	if err != nil {
+		return nil, nil, err
+	}
+	boxes := rules.boxes(s.Pools)
+	for _, p := range s.Pools {
+		if err := e.Check(boxes[p]); err != nil {
+			return nil, nil, errors.Join(fmt.Errorf("pool %s: %w", p, err), e.Close())
+		}
+	}
+	return e, boxes, nil
+}
+
+// boxes are the rules of each pool's boxes.
+func (r *slotRules) boxes(pools []string) map[string]*box.Rules {
+	all := map[string]*box.Rules{}
+	for _, p := range pools {
+		all[p] = cmp.Or(r.Boxes[p], &r.Box)
+	}
+	return all
+}
+
+// fresh is how often a box that waits is compared with its image.
+func (r *slotRules) fresh() time.Duration {
+	if r.Refresh <= 0 {
+		return time.Minute
+	}
+	return min(time.Minute, time.Duration(r.Refresh))
+}
+
+// containers decides between the engines: the first pool's, else that of [box]. Whoever
+// says which images may run wants containers; if no engine answers that is said, and boxes
+// are made without.
+func (r *slotRules) containers(ctx context.Context, pools []string, logf func(string, ...any)) bool {
+	if engine := cmp.Or(r.Engines[pools[0]], r.Engine); engine != "auto" {
+		return engine == "docker"
+	}
+	named := false
+	for _, rules := range r.boxes(pools) {
+		named = named || rules.Images.Default != "" || len(rules.Images.Allow) > 0
+	}
+	if !named {
+		return false
+	}
+	if docker.Answers(ctx, "") {
+		return true
+	}
+	logf("no Docker engine answers: jobs run with the programs of the machine, not in images; [box] engine = \"docker\" would wait for it")
+	return false
+}
+
+// openCaches opens the folders that teams keep on this runner, and looks whether the
+// data are there: every job of their pool would fail without.
+func openCaches(dir string, s slotFile) (*cache.Store, error) {
+	for _, pool := range s.Pools {
+		data := s.Config.Data[pool]
+		if data == "" {
+			continue
+		}
+		if i, err := os.Stat(data); err != nil || !i.IsDir() {
+			return nil, cli.Hintf(fmt.Errorf("[pools.%s] data: %s is no folder here", pool, data), "mount it, or take it out of raid.toml")
+		}
 	}
 	id, err := runnerID(dir)
 	if err != nil {
 		return nil, err
 	}
-	return bwrap.New(ctx, bwrap.Config{ID: id, Exe: exe, Args: []string{"shim"}, Images: s.Config.Images, Logf: logf})
+	return cache.Open(filepath.Join(dir, "caches"), filepath.Join("/run", "raid-cache-"+id), s.Config.Caches)
 }
 
 func runnerID(dir string) (string, error) {

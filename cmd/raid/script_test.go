@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/rai-project/raid/runner/box/docker/dockertest"
 )
 
 // TestScript runs the scripts of testdata/script against the real programs, with real
@@ -22,38 +24,64 @@ import (
 // Beside testscript's own, these are the verbs. "<FILE" before or among the words of a
 // command is its stdin, "<-" an open pipe; "&name&" at the end puts it in the background.
 //
-//	raid start [-config FILE] [-uid N] | stop | kill9 | restart
+//	raid start [-config FILE] [-uid N] | stop | kill9 | restart | log
 //	enrol NAME [TEAM [ROLE]]       a person, with keys/NAME
 //	key NAME                       a key that nobody enrolled
 //	as NAME [FLAG… --] WORD…       ssh with that key; it has to succeed
 //	status N VERB WORD…            the same, or a program, and its exact exit status
-//	until NAME|log REGEXP          wait for a line of a background command or of raid's log
+//	until NAME|log|boxes REGEXP    wait for a line of a background command, of raid's log, or
+//	                               of the images in which boxes were started since the verb boxes
 //	finish NAME N                  wait for the end of a background command, with status N
-//	signal SIG NAME                kill -SIG a background command
+//	signal SIG NAME|raid           kill -SIG a background command
 //	type NAME TEXT, eof NAME       write to a pipe, close it
 //	runner kill9 N                 kill -9 a local runner
-//	proxy NAME, cut NAME           NAME's ssh goes through a proxy, which falls silent
+//	runner start NAME              a runner of another machine, with NAME as its state, in
+//	                               the background as &NAME&; enrolled when it is new
+//	proxy NAME                     NAME, a person or a runner, comes through a proxy, which
+//	                               finds raid again on another port
+//	cut NAME, mend NAME            the proxy falls silent, and goes on where it was
 //	mktar FILE ENTRY…              a tar as no tar(1) would make it; see mktar
 //	events FILE KIND…              --json output: all kinds there, every line well-formed
 //	same TEXT FILE…                the SHA-256 of the files is TEXT
-//	redis port | start | kill9 | hang | go
+//	registry start [USER PASSWORD] | stop, registry push REPOSITORY:TAG WORD
+//	                               an image registry at $REGISTRY; boxes in the image find VERSION=WORD
+//	redis port | start [-appendonly] | kill9 | hang | go
+//	s3 start | refuse | hang | work
+//	                               an S3 server with a bucket, as $S3; or without key and secret,
+//	                               $S3_BARE, $S3_KEY and $S3_SECRET
+//	s3 objects | age | tamper      names of all blobs; make them two hours old; give them other bytes
+//	get STATUS URL|- [RANGE]       http.body and http.header of a URL, or of the one just printed
 //	mirrored JOB                   what the mirror says: mirror.out, mirror.err, mirror.end
 func TestScript(t *testing.T) {
 	if testing.Short() {
 		t.Skip("scripts take minutes")
 	}
 	need(t, "ssh", "ssh-keygen", "git", "tar", "bwrap", "redis-server")
+	t.Parallel()
 	bin := buildPrograms(t)
 	root := sharedTemp(t)
+	lab, noLab := dockertest.Open()
+	if lab != nil {
+		t.Cleanup(func() {
+			if err := lab.Close(); err != nil {
+				t.Errorf("close the Docker lab: %v", err)
+			}
+		})
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		WorkdirRoot:         root,
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		UpdateScripts:       os.Getenv("RAID_UPDATE") != "",
-		Setup:               func(e *testscript.Env) error { return setUp(e, bin) },
-		Condition:           condition,
-		Cmds:                verbs(),
+		Setup:               func(e *testscript.Env) error { return setUp(e, bin, lab) },
+		Condition: func(cond string) (bool, error) {
+			if cond == "docker" {
+				return noLab == nil, unlessSkipping(noLab)
+			}
+			return condition(cond)
+		},
+		Cmds: verbs(),
 	})
 }
 
@@ -64,7 +92,7 @@ func TestMain(m *testing.M) {
 	given := false
 	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
 	if !given {
-		if err := flag.Set("test.parallel", "6"); err != nil {
+		if err := flag.Set("test.parallel", "8"); err != nil {
 			panic(err)
 		}
 	}
@@ -109,7 +137,7 @@ func buildPrograms(t *testing.T) string {
 	t.Helper()
 	dir := sharedTemp(t)
 	cmd := exec.Command("go", "build", "-o", dir+"/", "github.com/rai-project/raid/cmd/...")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath -buildvcs=false")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
@@ -117,7 +145,7 @@ func buildPrograms(t *testing.T) string {
 }
 
 // setUp gives a script its world and has it checked at the end.
-func setUp(e *testscript.Env, bin string) error {
+func setUp(e *testscript.Env, bin string, lab *dockertest.Lab) error {
 	tb, ok := e.T().(testing.TB)
 	if !ok {
 		return errors.New("testscript no longer hands out the test")
@@ -129,6 +157,10 @@ func setUp(e *testscript.Env, bin string) error {
 	e.Setenv("SSH_CONFIG", w.sshConfig())
 	e.Setenv("REPO", repoRoot())
 	e.Setenv("CASES", os.Getenv("RAID_CASES"))
+	if w.lab = lab; lab != nil {
+		e.Setenv("DOCKER_HOST", lab.Host)
+		e.Setenv("IMAGE", lab.Image)
+	}
 	for _, dir := range []string{"home", "keys"} {
 		if err := os.Mkdir(filepath.Join(e.WorkDir, dir), 0o755); err != nil {
 			return err
@@ -166,8 +198,16 @@ func repoRoot() string {
 	return dir
 }
 
+// unlessSkipping returns why something is missing where no test may be skipped for it.
+func unlessSkipping(missing error) error {
+	if os.Getenv("RAID_CI") != "" {
+		return missing
+	}
+	return nil
+}
+
 // condition answers [root], [cases] and [lacks:PROGRAM]; where skipping is not allowed
-// a lack is an error.
+// a lack is an error. [docker] is answered by TestScript.
 func condition(cond string) (bool, error) {
 	name, program, _ := strings.Cut(cond, ":")
 	switch name {
@@ -177,10 +217,7 @@ func condition(cond string) (bool, error) {
 		return os.Getenv("RAID_CASES") != "", nil
 	case "lacks":
 		_, err := exec.LookPath(program)
-		if err != nil && os.Getenv("RAID_CI") != "" {
-			return true, err
-		}
-		return err != nil, nil
+		return err != nil, unlessSkipping(err)
 	}
 	return false, fmt.Errorf("unknown condition %q", cond)
 }
@@ -194,8 +231,9 @@ func verbs() map[string]func(*testscript.TestScript, bool, []string) {
 		"raid": (*world).cmdRaid, "enrol": (*world).cmdEnrol, "key": (*world).cmdKey, "as": (*world).cmdAs,
 		"status": (*world).cmdStatus, "until": (*world).cmdUntil, "finish": (*world).cmdFinish,
 		"signal": (*world).cmdSignal, "type": (*world).cmdType, "eof": (*world).cmdEOF, "runner": (*world).cmdRunner,
-		"proxy": (*world).cmdProxy, "cut": (*world).cmdCut, "mktar": (*world).cmdMktar, "events": (*world).cmdEvents,
-		"same": (*world).cmdSame, "redis": (*world).cmdRedis, "mirrored": (*world).cmdMirrored,
+		"proxy": (*world).cmdProxy, "cut": (*world).cmdCut, "mend": (*world).cmdMend, "mktar": (*world).cmdMktar, "events": (*world).cmdEvents,
+		"same": (*world).cmdSame, "redis": (*world).cmdRedis, "registry": (*world).cmdRegistry, "boxes": (*world).cmdBoxes, "mirrored": (*world).cmdMirrored,
+		"s3": (*world).cmdS3, "get": (*world).cmdGet,
 	} {
 		all[name] = func(ts *testscript.TestScript, neg bool, args []string) {
 			if neg {

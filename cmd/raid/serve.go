@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +24,7 @@ import (
 	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/sshd"
+	"github.com/rai-project/raid/sshd/backup"
 	"github.com/rai-project/raid/sshd/queue"
 	"github.com/rai-project/raid/sshd/store"
 )
@@ -57,7 +60,7 @@ func serveCommand() *cobra.Command {
 // jobsView lets staff ask the database in SQL: SELECT * FROM jobs.
 var jobsView = store.View{Name: "jobs", Tables: []string{queue.TableJob, queue.TablePast},
 	Columns: []string{"id", "state", "reason", "exit", "user", "team", "pool", "kind", "name", "runner", "attempt",
-		"queued_at", "started_at", "finished_at", "queue_wait_ms", "run_ms", "charged_s", "source_sha256"}}
+		"queued_at", "started_at", "finished_at", "queue_wait_ms", "run_ms", "charged_s", "source_sha256", "expired"}}
 
 // goodbye is how long sessions have to end when raid is told to stop.
 const goodbye = 5 * time.Second
@@ -66,7 +69,6 @@ const goodbye = 5 * time.Second
 func serve(ctx context.Context, c config) error {
 	ctx, signals := onSignals(ctx)
 	defer signals.stop()
-	logger := newLogger(c.Log.Level)
 	state, err := openState(c.State)
 	if err != nil {
 		return err
@@ -74,47 +76,152 @@ func serve(ctx context.Context, c config) error {
 	if err := c.reveal(state.dir); err != nil {
 		return err
 	}
-	st, err := store.OpenSQLite(ctx, state.dir, jobsView)
-	if errors.Is(err, store.ErrLocked) {
-		return cli.Hintf(fmt.Errorf("another raid uses %s: %w", state.dir, err), "stop it first, or give this one a folder of its own with --state")
+	h := house{config: c, state: state, signals: signals, log: newLogger(c.Log.Level)}
+	if c.Queue.Store == "sqlite" {
+		return h.alone(ctx)
 	}
+	return h.among(ctx)
+}
+
+// A house is one raid serve.
+type house struct {
+	config
+	state   *state
+	signals signalBox
+	log     *log.Logger
+}
+
+// alone serves with a database in the state folder.
+func (h *house) alone(ctx context.Context) error {
+	st, err := store.OpenSQLite(ctx, h.state.dir, h.log.Errorf, jobsView)
 	if err != nil {
-		return err
+		return inUse(err, h.state.dir)
 	}
 	defer st.Close()
-	srv, err := sshd.New(ctx, sshd.Config{
-		Dir: state.dir, HostKeys: []ssh.Signer{state.host}, Store: st, Policy: c.policy(),
-		Pools: c.pools(runtime.GOARCH), Limits: c.limits(), Guests: c.Auth.Guests, Reserve: float64(c.Limits.Reserve),
-		Mirror: c.mirror(logger.Warnf), Version: version(), Log: logger,
-	})
+	if err := h.state.sweep(); err != nil {
+		return err
+	}
+	srv, err := h.server(ctx, st, nil)
 	if err != nil {
 		return err
 	}
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", c.Listen)
+	l, err := h.listen(ctx)
 	if err != nil {
-		return cli.Hintf(err, "choose another address with --listen")
+		return err
 	}
+	return h.open(ctx, l, srv, func(ctx context.Context) ([]slot, error) {
+		if err := srv.Welcome(ctx); err != nil {
+			return nil, err
+		}
+		slots, err := prepareSlots(ctx, h.config, h.state, srv, l.Addr(), "local", h.log)
+		if err == nil {
+			h.ready(l.Addr())
+		}
+		return slots, err
+	})
+}
+
+// A service is an sshd.Server and what speaks HTTP beside it.
+type service struct {
+	*sshd.Server
+	house *house
+	http  net.Listener // nil for none
+}
+
+// server makes what serves people and runners from a store. more, which may be nil, adds
+// to what it is made from.
+func (h *house) server(ctx context.Context, st store.Store, more func(*sshd.Config)) (*service, error) {
+	if err := backup.Whole(ctx, st); err != nil {
+		return nil, cli.Hintf(err, "empty it and migrate again, or use the store that it came from")
+	}
+	hl, http, err := h.HTTP.open(ctx, filepath.Join(h.state.dir, "host_key"))
+	if err != nil {
+		return nil, err
+	}
+	c := sshd.Config{
+		OpenBlobs: h.Blobs.open(h.state.dir, h.Queue.Store == "sqlite", h.state.host.PublicKey(), h.log), HTTP: http,
+		Dir: h.state.dir, HostKeys: []ssh.Signer{h.state.host}, Store: st, Policy: h.policy(),
+		Pools: h.pools(runtime.GOARCH), Rules: h.asks(), Limits: h.limits(), Guests: h.Auth.Guests, Reserve: float64(h.Limits.Reserve),
+		Keep: h.keep(), Database: h.Queue.file(h.state.dir),
+		Mirror: h.mirror(h.log.Warnf), Version: version(), Log: h.log,
+	}
+	if more != nil {
+		more(&c)
+	}
+	srv, err := sshd.New(ctx, c)
+	if err != nil && hl != nil {
+		hl.Close()
+	}
+	if errors.Is(err, sshd.ErrLostStore) {
+		return nil, cli.Hintf(err, "put %s back from a backup, or remove %s and %s to begin anew", cmp.Or(h.Queue.file(""), "what was in Redis"),
+			filepath.Join(h.state.dir, "spool"), filepath.Join(h.state.dir, "blobs"))
+	}
+	return &service{srv, h, hl}, err
+}
+
+// Serve is sshd.Server's, with HTTP.
+func (s *service) Serve(ctx context.Context, l net.Listener, grace time.Duration) error {
+	return s.beside(ctx, func() error { return s.Server.Serve(ctx, l, grace) })
+}
+
+// Run is sshd.Server's, with HTTP.
+func (s *service) Run(ctx context.Context) error {
+	return s.beside(ctx, func() error { return s.Server.Run(ctx) })
+}
+
+// beside speaks HTTP while fn runs.
+func (s *service) beside(ctx context.Context, fn func() error) error {
+	if s.http == nil {
+		return fn()
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { reportHTTP(s.ServeHTTP(ctx, s.http, goodbye), s.house.log) })
+	return fn()
+}
+
+// Welcome enrols the first admin.
+func (s *service) Welcome(ctx context.Context) error { return s.house.state.welcome(ctx, s.Server) }
+
+// A front answers connections: a whole raid.
+type front interface {
+	Serve(ctx context.Context, l net.Listener, grace time.Duration) error
+}
+
+// open serves until ctx ends, and keeps the local runners that prepare makes ready.
+func (h *house) open(ctx context.Context, l net.Listener, f front, prepare func(context.Context) ([]slot, error)) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	inner, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	served := make(chan error, 1)
 	wg.Go(func() {
-		err := srv.Serve(inner, l, goodbye)
+		err := f.Serve(inner, l, goodbye)
 		stop(err)
 		served <- err
 	})
-	if err := state.welcome(inner, srv); err != nil {
-		return err
-	}
-	slots, err := prepareSlots(inner, c, state, srv, l.Addr())
+	slots, err := prepare(inner)
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(os.Stderr, "raid: host key %s\n", ssh.FingerprintSHA256(state.host.PublicKey()))
-	fmt.Fprintf(os.Stderr, "raid: listening on %s\n", l.Addr())
-	keepSlots(inner, slots, signals, logger)
+	keepSlots(inner, slots, h.signals, h.log)
 	return <-served
+}
+
+func (h *house) listen(ctx context.Context) (net.Listener, error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", h.Listen)
+	if err != nil {
+		return nil, cli.Hintf(err, "choose another address with --listen")
+	}
+	return l, nil
+}
+
+// ready says that clients may come.
+func (h *house) ready(addr net.Addr) {
+	fmt.Fprintf(os.Stderr, "raid: host key %s\n", ssh.FingerprintSHA256(h.state.host.PublicKey()))
+	fmt.Fprintf(os.Stderr, "raid: listening on %s\n", addr)
 }
 
 func newLogger(level string) *log.Logger {
@@ -186,20 +293,44 @@ func openState(dir string) (*state, error) {
 	return s, err
 }
 
+// sweep removes what a raid that was killed had half written. The caller holds the
+// folder's lock. A runner without an id may be writing just that.
+func (s *state) sweep() error {
+	ids, err := filepath.Glob(filepath.Join(s.dir, "runners", "*", "id"))
+	err = errors.Join(err, keys.Sweep(s.dir))
+	for _, id := range ids {
+		err = errors.Join(err, keys.Sweep(filepath.Dir(id)))
+	}
+	return err
+}
+
 // ensureKey makes a key unless it is there, and returns its public line.
 func ensureKey(path, comment string) (string, error) {
-	private, public, err := keys.NewKey(comment)
-	if err != nil {
-		return "", err
-	}
-	if err := keys.WriteKey(path, private, public); err != nil && !errors.Is(err, fs.ErrExist) {
-		return "", err
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		private, public, err := keys.NewKey(comment)
+		if err != nil {
+			return "", err
+		}
+		if err := keys.WriteKey(path, private, public); err != nil && !errors.Is(err, fs.ErrExist) {
+			return "", err
+		}
 	}
 	line, err := os.ReadFile(path + ".pub")
-	if err != nil {
-		return "", err
+	if errors.Is(err, fs.ErrNotExist) { // whoever made the key was killed before it had written both files
+		line, err = publish(path, comment)
 	}
-	return strings.TrimSpace(string(line)), nil
+	return strings.TrimSpace(string(line)), err
+}
+
+// publish writes the public half of a key and returns it.
+func publish(path, comment string) ([]byte, error) {
+	signer, err := keys.LoadSigner(path, nil)
+	if err != nil {
+		return nil, err
+	}
+	line := bytes.TrimSpace(ssh.MarshalAuthorizedKey(signer.PublicKey()))
+	line = append(line, " "+comment+"\n"...)
+	return line, keys.WriteFile(path+".pub", line, 0o644)
 }
 
 // welcome enrols the first admin. The key counts from loopback only: whoever copies
@@ -208,7 +339,7 @@ func (s *state) welcome(ctx context.Context, srv *sshd.Server) error {
 	if srv.Enrolled(s.admin) {
 		return nil
 	}
-	_, _, err := srv.Enrol(ctx, keys.Enrollment{User: "admin", Role: keys.Admin, Key: s.admin}, "raid serve", true)
+	_, _, err := srv.Enrol(ctx, keys.Enrollment{User: "admin", Role: keys.Admin, Key: s.admin, LoopbackOnly: true}, "raid serve")
 	if err == nil {
 		fmt.Fprintf(os.Stderr, "raid: made the admin key %s; it counts from this machine only\n", filepath.Join(s.dir, "admin"))
 	}

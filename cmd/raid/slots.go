@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,9 +23,11 @@ import (
 
 	"github.com/rai-project/raid/cmd/internal/cli"
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/runner/box"
+	"github.com/rai-project/raid/runner/box/docker"
+	"github.com/rai-project/raid/runner/cache"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
-	"github.com/rai-project/raid/sshd"
 )
 
 // A slotFile is what serve tells a local runner, in DIR/runners/N/slot.json. It is
@@ -32,7 +35,7 @@ import (
 // raid that comes back on another port is found again.
 type slotFile struct {
 	Name    string    `json:"name"`
-	Server  string    `json:"server"`
+	Servers []string  `json:"servers"` // raid, and others of the same deployment
 	HostKey string    `json:"host_key"`
 	Pools   []string  `json:"pools"`
 	GPUs    []string  `json:"gpus,omitempty"` // UUIDs this slot owns
@@ -42,11 +45,20 @@ type slotFile struct {
 
 // slotRules are the parts of raid.toml that concern runners.
 type slotRules struct {
-	Engine string            `json:"engine"`
-	Images map[string]string `json:"images,omitempty"`
-	Warm   bool              `json:"warm"`
-	Orphan time.Duration     `json:"orphan"`
-	Limits job.Limits        `json:"limits"` // of a box that waits for its order
+	Engine     string                    `json:"engine"`
+	Engines    map[string]string         `json:"engines,omitempty"` // by pool, where it has one
+	Box        box.Rules                 `json:"box"`               // of pools without their own
+	Boxes      map[string]*box.Rules     `json:"boxes,omitempty"`   // by pool
+	Refresh    docker.Refresh            `json:"refresh"`
+	Registries map[string]registryConfig `json:"registries,omitempty"`
+	Roots      map[string]string         `json:"roots,omitempty"` // bwrap: image name → root folder
+	Warm       int                       `json:"warm"`
+	Builds     job.Builds                `json:"builds"` // of containers that are not strict
+	Orphan     time.Duration             `json:"orphan"`
+	Check      time.Duration             `json:"gpu_check"`
+	Limits     job.Limits                `json:"limits"`           // of a box that waits for its order
+	Data       map[string]string         `json:"data,omitempty"`   // by pool
+	Caches     map[string]cache.Quota    `json:"caches,omitempty"` // by pool
 }
 
 // A slot is one local runner: a folder, and whoever runs in it.
@@ -55,9 +67,16 @@ type slot struct {
 	name string
 }
 
+// A registrar enters local runners into raid's books; *sshd.Server is one.
+type registrar interface {
+	Enrolled(line string) bool
+	Enrol(ctx context.Context, e keys.Enrollment, by string) (keys.User, keys.Key, error)
+	Local(line, dir string) error
+}
+
 // prepareSlots makes the folders of the local runners: a key that is enrolled, and
-// slot.json.
-func prepareSlots(ctx context.Context, c config, s *state, srv *sshd.Server, addr net.Addr) ([]slot, error) {
+// slot.json. Their names begin with prefix.
+func prepareSlots(ctx context.Context, c config, s *state, srv registrar, addr net.Addr, prefix string, logger *log.Logger) ([]slot, error) {
 	if n, err := c.local(0); err == nil && n == 0 {
 		return nil, nil // nobody asks for GPUs, which a hardened unit could not see
 	}
@@ -65,30 +84,109 @@ func prepareSlots(ctx context.Context, c config, s *state, srv *sshd.Server, add
 	if err != nil {
 		return nil, cli.Hintf(err, "mend the driver, or set [runners] local = 1 to run without GPUs")
 	}
+	tellUncut(ctx, logger)
 	n, err := c.local(len(gpus))
 	if err != nil {
 		return nil, err
 	}
 	var slots []slot
+	var had [][]string
 	for i := range n {
-		sl := slot{dir: filepath.Join(s.dir, "runners", strconv.Itoa(i)), name: "local-" + strconv.Itoa(i)}
-		f := slotFile{Name: sl.name, Server: dialable(addr), Pools: c.pools(runtime.GOARCH), Config: c.rules(),
+		sl := slot{dir: filepath.Join(s.dir, "runners", strconv.Itoa(i)), name: prefix + "-" + strconv.Itoa(i)}
+		f, _ := readSlot(sl.dir)          // a new slot has none
+		sl.name = cmp.Or(f.Name, sl.name) // its key is enrolled by that
+		slots, had = append(slots, sl), append(had, f.GPUs)
+	}
+	owned, spare := assign(gpus, had, c.Runners.PerSlot)
+	if spare > 0 {
+		logger.Warn("GPUs that no local runner has", "count", spare, "gpus_per_slot", c.Runners.PerSlot)
+	}
+	for i, sl := range slots {
+		f := slotFile{Name: sl.name, Servers: []string{dialable(addr)}, Pools: c.pools(runtime.GOARCH), Config: c.rules(),
 			HostKey: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(s.host.PublicKey())))}
 		f.Express = i >= n-c.Runners.Express
-		if i < len(gpus) {
-			f.GPUs = []string{gpus[i].UUID}
-		}
+		f.GPUs = owned[i]
 		if err := sl.prepare(ctx, srv, f); err != nil {
 			return nil, fmt.Errorf("prepare runner %s: %w", sl.name, err)
 		}
-		slots = append(slots, sl)
 	}
 	return slots, nil
 }
 
+// tellUncut says which GPUs are nobody's because of how MIG is set.
+func tellUncut(ctx context.Context, logger *log.Logger) {
+	ids, err := gpu.Uncut(ctx)
+	if err != nil {
+		logger.Warn("GPUs cut by MIG", "err", err)
+	}
+	for _, id := range ids {
+		logger.Warn("a GPU is not handed out: MIG is on, and it has no instances", "gpu", id, "hint", cutHint(id))
+	}
+}
+
+// assign shares out GPUs, per for each slot as long as they last, by UUID. A slot keeps
+// what it had: its runner may have a job on it while indices moved. No GPU is given
+// twice, and what does not fill a slot is spare.
+func assign(gpus []gpu.Device, had [][]string, per int) (owned [][]string, spare int) {
+	owned = make([][]string, len(had))
+	free := map[string]bool{}
+	for _, g := range gpus {
+		free[g.UUID] = true
+	}
+	for i, ids := range had {
+		for _, id := range ids {
+			if free[id] && len(owned[i]) < per {
+				owned[i], free[id] = append(owned[i], id), false
+			}
+		}
+	}
+	var rest []string
+	for _, g := range gpus {
+		if free[g.UUID] {
+			rest = append(rest, g.UUID)
+		}
+	}
+	for i := range owned {
+		need := per - len(owned[i])
+		if need > len(rest) { // a slot of a smaller size would clamp jobs by chance
+			rest, owned[i] = append(rest, owned[i]...), nil
+			continue
+		}
+		owned[i], rest = append(owned[i], rest[:need]...), rest[need:]
+	}
+	return owned, len(rest)
+}
+
+// cacheKeep is how long a team's cache is kept that nobody uses.
+const cacheKeep = 30 * 24 * time.Hour
+
 func (c *config) rules() slotRules {
-	return slotRules{Engine: c.Box.Engine, Images: c.Box.Images, Warm: c.Box.Warm > 0,
-		Orphan: time.Duration(c.Runners.Orphan), Limits: c.limits()[keys.Student].Limits}
+	data, caches := map[string]string{}, map[string]cache.Quota{}
+	engines, boxes := map[string]string{}, map[string]*box.Rules{}
+	for name, p := range c.Pools {
+		if p.Engine != "" {
+			engines[name] = p.Engine
+		}
+		if p.own() {
+			table := "[box]"
+			if p.Allow != nil {
+				table = "[pools." + name + "]"
+			}
+			rules := c.rulesOf(p.box(c.Box), table)
+			boxes[name] = &rules
+		}
+		if p.Data != "" {
+			data[name] = p.Data
+		}
+		if p.Cache > 0 {
+			caches[name] = cache.Quota{Bytes: int64(p.Cache), Keep: cmp.Or(time.Duration(p.Keep), cacheKeep)}
+		}
+	}
+	refresh := map[string]docker.Refresh{"refresh": docker.Refresh(c.Box.Refresh), "never": docker.Never}[c.Box.Pull]
+	return slotRules{Engine: c.Box.Engine, Engines: engines, Box: c.rulesOf(c.Box, "[box]"), Boxes: boxes,
+		Refresh: refresh, Registries: c.Registries, Roots: c.Box.Images, Warm: c.Box.Warm, Builds: job.Builds{Registries: c.Box.Registries},
+		Orphan: time.Duration(c.Runners.Orphan), Check: time.Duration(c.Runners.Check),
+		Limits: c.limits()[keys.Student].Limits, Data: data, Caches: caches}
 }
 
 // dialable turns the address of a listener into one that can be called from here.
@@ -103,7 +201,7 @@ func dialable(a net.Addr) string {
 	return net.JoinHostPort(host, port)
 }
 
-func (sl *slot) prepare(ctx context.Context, srv *sshd.Server, f slotFile) error {
+func (sl *slot) prepare(ctx context.Context, srv registrar, f slotFile) error {
 	if err := os.MkdirAll(sl.dir, 0o700); err != nil {
 		return err
 	}
@@ -112,14 +210,18 @@ func (sl *slot) prepare(ctx context.Context, srv *sshd.Server, f slotFile) error
 		return err
 	}
 	if !srv.Enrolled(public) {
-		e := keys.Enrollment{User: sl.name, Role: keys.Runner, Key: public}
-		if _, _, err := srv.Enrol(ctx, e, "raid serve", true); err != nil {
+		e := keys.Enrollment{User: sl.name, Role: keys.Runner, Key: public, LoopbackOnly: true}
+		if _, _, err := srv.Enrol(ctx, e, "raid serve"); err != nil {
 			return err
 		}
 	}
 	if err := srv.Local(public, sl.dir); err != nil {
 		return err
 	}
+	return sl.write(f)
+}
+
+func (sl *slot) write(f slotFile) error {
 	b, err := json.Marshal(f)
 	if err != nil {
 		return err
@@ -271,4 +373,14 @@ func (sl *slot) await(ctx context.Context, pid int) error {
 		unix.Poll(set[:1], int(idleEnds.Milliseconds()))
 		return nil
 	}
+}
+
+// builds reports whether there is a pool in which images may be built.
+func (r *slotRules) builds() bool {
+	for _, rules := range r.Boxes {
+		if !rules.Strict {
+			return true
+		}
+	}
+	return !r.Box.Strict
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -16,11 +17,14 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/redis/go-redis/v9"
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/rai-project/raid/runner/box/docker/dockertest"
 )
 
 // cmdMktar writes a tar as no tar(1) would:
@@ -79,7 +83,7 @@ func entryOf(e string) (tar.Header, string) {
 
 // jobNames are the names of the job object, all of which are always there.
 var jobNames = [...]string{"id", "state", "reason", "exit", "signal", "user", "team", "pool", "kind", "name", "engine",
-	"image", "runner", "gpu", "attempt", "queued_at", "started_at", "finished_at", "queue_wait_ms", "prepare_ms",
+	"image", "image_digest", "runner", "gpu", "attempt", "queued_at", "started_at", "finished_at", "queue_wait_ms", "prepare_ms",
 	"run_ms", "collect_ms", "charged_s", "out_bytes", "source_sha256"}
 
 // cmdEvents reads the lines of --json. The kinds that were asked for have to be there,
@@ -148,60 +152,95 @@ func (w *world) cmdSame(ts *testscript.TestScript, args []string) {
 	}
 }
 
-// A proxy carries connections to raid until it is told to fall silent: it then reads
-// and sends nothing, as a network cable that was pulled.
+// A proxy carries connections to raid until it is told to fall silent: it then passes
+// nothing on, as a network cable that was pulled. Once mended it goes on where it was:
+// what was on its way arrives, late.
 type proxy struct {
 	port     string
+	far      string       // the other side's host
+	to       atomic.Value // string: its port
 	listener net.Listener
-	silent   chan struct{}
+	closed   chan struct{}
 	wg       sync.WaitGroup
 	mu       sync.Mutex // protects the following
 	conns    []net.Conn
+	passes   chan struct{} // closed while it is whole
 }
 
 func (w *world) cmdProxy(ts *testscript.TestScript, args []string) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	p, err := newProxy("127.0.0.1", "127.0.0.1", w.port)
 	ts.Check(err)
-	p := &proxy{listener: l, silent: make(chan struct{})}
-	_, p.port, err = net.SplitHostPort(l.Addr().String())
-	ts.Check(err)
-	to := w.port
+	w.proxies[args[0]] = p
+}
+
+// newProxy makes a proxy that listens at host and passes on to a port of another.
+func newProxy(host, far, port string) (*proxy, error) {
+	l, err := net.Listen("tcp", host+":0")
+	if err != nil {
+		return nil, err
+	}
+	p := &proxy{far: far, listener: l, closed: make(chan struct{}), passes: make(chan struct{})}
+	close(p.passes)
+	p.to.Store(port)
+	if _, p.port, err = net.SplitHostPort(l.Addr().String()); err != nil {
+		return nil, err
+	}
 	p.wg.Go(func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			p.serve(c, "127.0.0.1:"+to)
+			p.wg.Go(func() { p.serve(c) })
 		}
 	})
-	w.proxies[args[0]] = p
+	return p, nil
 }
 
-func (p *proxy) serve(near net.Conn, addr string) {
-	far, err := net.Dial("tcp", addr)
-	if err != nil {
-		near.Close()
+// whole waits until the proxy passes things on, and reports whether it ever will.
+func (p *proxy) whole() bool {
+	p.mu.Lock()
+	passes := p.passes
+	p.mu.Unlock()
+	select {
+	case <-passes:
+		return true
+	case <-p.closed:
+		return false
+	}
+}
+
+func (p *proxy) serve(near net.Conn) {
+	defer near.Close()
+	if !p.whole() {
 		return
 	}
+	far, err := net.Dial("tcp", p.far+":"+p.to.Load().(string))
+	if err != nil {
+		return
+	}
+	defer far.Close()
 	p.mu.Lock()
 	p.conns = append(p.conns, near, far)
 	p.mu.Unlock()
-	p.wg.Go(func() { p.carry(near, far) })
-	p.wg.Go(func() { p.carry(far, near) })
+	if !p.whole() { // closed since, perhaps before these were in conns
+		return
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { p.carry(near, far) })
+	wg.Go(func() { p.carry(far, near) })
+	wg.Wait()
 }
 
 func (p *proxy) carry(to, from net.Conn) {
+	defer to.Close()
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buf)
-		select {
-		case <-p.silent:
+		if !p.whole() {
 			return
-		default:
 		}
 		if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
-			to.Close()
 			return
 		}
 	}
@@ -209,6 +248,7 @@ func (p *proxy) carry(to, from net.Conn) {
 
 func (p *proxy) close() {
 	p.listener.Close()
+	close(p.closed)
 	p.mu.Lock()
 	for _, c := range p.conns {
 		c.Close()
@@ -218,11 +258,32 @@ func (p *proxy) close() {
 }
 
 func (w *world) cmdCut(ts *testscript.TestScript, args []string) {
-	p := w.proxies[args[0]]
-	if p == nil {
-		ts.Fatalf("no proxy %s", args[0])
+	w.proxyOf(ts, args).cut()
+}
+
+// cut lets nothing through any more, and tells nobody.
+func (p *proxy) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.passes = make(chan struct{})
+}
+
+// mend undoes cut: what was on its way arrives.
+func (p *proxy) mend() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.passes)
+}
+
+func (w *world) cmdMend(ts *testscript.TestScript, args []string) {
+	w.proxyOf(ts, args).mend()
+}
+
+func (w *world) proxyOf(ts *testscript.TestScript, args []string) *proxy {
+	if len(args) != 1 || w.proxies[args[0]] == nil {
+		ts.Fatalf("no proxy %q", args)
 	}
-	close(p.silent)
+	return w.proxies[args[0]]
 }
 
 var redisReady = regexp.MustCompile(`Ready to accept connections`)
@@ -232,7 +293,7 @@ func (w *world) cmdRedis(ts *testscript.TestScript, args []string) {
 	case "port":
 		w.redisPort(ts)
 	case "start":
-		w.startRedis(ts)
+		w.startRedis(ts, len(args) > 1 && args[1] == "-appendonly")
 	case "kill9":
 		w.redis.cmd.Process.Kill()
 		w.within(ts, "redis", w.redis.wait)
@@ -242,8 +303,43 @@ func (w *world) cmdRedis(ts *testscript.TestScript, args []string) {
 	case "go":
 		ts.Check(w.redis.cmd.Process.Signal(syscall.SIGCONT))
 	default:
-		ts.Fatalf("redis: port, start, kill9, hang or go")
+		ts.Fatalf("redis: port, start [-appendonly], kill9, hang or go")
 	}
+}
+
+func (w *world) cmdRegistry(ts *testscript.TestScript, args []string) {
+	if len(args) == 0 {
+		ts.Fatalf("registry: start, stop or push")
+	}
+	switch {
+	case args[0] == "start":
+		w.startRegistry(ts, append(args[1:], "", ""))
+	case args[0] == "stop":
+		w.registry.Stop()
+		w.registry = nil
+	case args[0] == "push" && len(args) == 3:
+		w.within(ts, "push", func(ctx context.Context) error { return w.lab.Push(ctx, w.registry, args[1], "VERSION="+args[2]) })
+	default:
+		ts.Fatalf("usage: registry start [USER PASSWORD] | stop | push REPOSITORY:TAG WORD")
+	}
+}
+
+// cmdBoxes has the engine tell of the boxes it starts from now on.
+func (w *world) cmdBoxes(*testscript.TestScript, []string) {
+	var wg sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
+	w.boxes, w.unwatch = newTape(), func() { cancel(); wg.Wait() }
+	wg.Go(func() { w.lab.Boxes(ctx, func(image string) { fmt.Fprintln(w.boxes, image) }) })
+}
+
+// startRegistry starts it where it was before.
+func (w *world) startRegistry(ts *testscript.TestScript, account []string) {
+	dir := filepath.Join(w.dir, "registry")
+	ts.Check(os.MkdirAll(dir, 0o700))
+	r, err := dockertest.StartRegistry(dir, cmp.Or(w.registryAt, "127.0.0.1:0"), account[0], account[1])
+	ts.Check(err)
+	w.registry, w.registryAt = r, r.Addr
+	ts.Setenv("REGISTRY", r.Addr)
 }
 
 // redisPort chooses the port, which stays the script's own.
@@ -259,9 +355,14 @@ func (w *world) redisPort(ts *testscript.TestScript) {
 	ts.Setenv("REDIS", w.redisAt)
 }
 
-func (w *world) startRedis(ts *testscript.TestScript) {
+// startRedis starts it without a disk, or with the files that it had before.
+func (w *world) startRedis(ts *testscript.TestScript, disk bool) {
 	w.redisPort(ts)
-	p, err := w.start([]string{"redis-server", "--port", w.redisAt, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"}, w.env(ts), "", 0)
+	argv := []string{"redis-server", "--port", w.redisAt, "--bind", "127.0.0.1", "--save", "", "--dir", w.dir, "--appendonly", "no"}
+	if disk {
+		argv = append(argv, "--appendonly", "yes", "--appendfsync", "always")
+	}
+	p, err := w.start(argv, w.env(ts), "", 0)
 	ts.Check(err)
 	w.redis = p
 	w.within(ts, "redis start", func(ctx context.Context) error {

@@ -20,6 +20,10 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
+
+	"github.com/rai-project/raid/runner/box/boxtest"
+	"github.com/rai-project/raid/runner/box/docker/dockertest"
+	"github.com/rai-project/raid/sshd/blob/blobtest"
 )
 
 // patience is how long a script waits for anything.
@@ -41,13 +45,23 @@ type world struct {
 	logs    []*tape
 	jobs    map[string]*process
 	proxies map[string]*proxy
+	remotes map[string]bool // those of jobs that are runners; their state is dir/NAME
 	redis   *process
-	redisAt string // its port
+	redisAt string      // its port
+	two     *deployment // nil: raid is the only one
+	s3      *blobtest.Server
+	bucket  string
+	lab     *dockertest.Lab // nil without a Docker engine
+
+	registry   *dockertest.Registry
+	registryAt string // its address
+	boxes      *tape  // a line with its image for each box that is started; nil while nobody asked
+	unwatch    func()
 }
 
 func newWorld(tb testing.TB, dir, bin string) *world {
 	return &world{tb: tb, dir: dir, bin: bin, state: filepath.Join(dir, "state"),
-		jobs: map[string]*process{}, proxies: map[string]*proxy{}}
+		jobs: map[string]*process{}, proxies: map[string]*proxy{}, remotes: map[string]bool{}}
 }
 
 func (w *world) sshConfig() string { return filepath.Join(w.dir, "ssh_config") }
@@ -180,7 +194,7 @@ func (p *process) wait(ctx context.Context) error {
 
 func (w *world) cmdRaid(ts *testscript.TestScript, args []string) {
 	if len(args) == 0 {
-		ts.Fatalf("raid: start, stop, kill9 or restart")
+		ts.Fatalf("raid: start, stop, kill9, restart or log")
 	}
 	switch args[0] {
 	case "start":
@@ -194,12 +208,16 @@ func (w *world) cmdRaid(ts *testscript.TestScript, args []string) {
 		w.raid.cmd.Process.Kill()
 		w.within(ts, "raid kill9", w.raid.wait)
 		w.raid = nil
+	case "log":
+		for _, l := range w.logs {
+			io.WriteString(ts.Stdout(), l.String())
+		}
 	default:
 		ts.Fatalf("raid: no %s", args[0])
 	}
 }
 
-var listening = regexp.MustCompile(`(?m)^raid: listening on 127\.0\.0\.1:(\d+)$`)
+var listening = regexp.MustCompile(`(?m)^raid: listening on 127\.0\.0\.\d+:(\d+)$`)
 
 func (w *world) startRaid(ts *testscript.TestScript, args []string) {
 	if w.raid != nil {
@@ -207,6 +225,9 @@ func (w *world) startRaid(ts *testscript.TestScript, args []string) {
 	}
 	argv := []string{filepath.Join(w.bin, "raid"), "serve", "--listen", "127.0.0.1:0"}
 	w.args, w.uid, w.state = args, 0, filepath.Join(w.dir, "state")
+	if w.two != nil {
+		argv = append(argv, "--config", w.two.config)
+	}
 	for len(args) > 1 {
 		switch args[0] {
 		case "-config":
@@ -236,9 +257,15 @@ func (w *world) startRaid(ts *testscript.TestScript, args []string) {
 		if err == nil {
 			w.port = m[1]
 		}
+		if err == nil && w.two != nil {
+			w.port, err = w.openDoor(ctx)
+		}
 		return err
 	})
 	ts.Setenv("PORT", w.port)
+	for _, p := range w.proxies {
+		p.to.Store(w.port)
+	}
 	host, err := os.ReadFile(filepath.Join(w.state, "host_key.pub"))
 	ts.Check(err)
 	ts.Check(os.WriteFile(filepath.Join(w.dir, "known_hosts"), append([]byte("raid "), host...), 0o644))
@@ -248,7 +275,7 @@ func (w *world) startRaid(ts *testscript.TestScript, args []string) {
 func (w *world) env(ts *testscript.TestScript) []string {
 	var env []string
 	for _, name := range []string{"PATH", "HOME", "TMPDIR", "WORK", "SSH_CONFIG", "PORT", "RAI_PROFILE", "GIT_SSH_COMMAND",
-		"GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "RAID_SSH", "RAID_HOST"} {
+		"GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "RAID_SSH", "RAID_HOST", "DOCKER_HOST"} {
 		if v := ts.Getenv(name); v != "" {
 			env = append(env, name+"="+v)
 		}
@@ -384,7 +411,11 @@ func (w *world) cmdUntil(ts *testscript.TestScript, args []string) {
 	re, err := regexp.Compile("(?m)" + args[1])
 	ts.Check(err)
 	t := w.log
-	if args[0] != "log" {
+	switch args[0] {
+	case "log":
+	case "boxes":
+		t = w.boxes
+	default:
 		t = w.background(ts, args[0]).both
 	}
 	w.within(ts, "until", func(ctx context.Context) error {
@@ -412,7 +443,11 @@ func (w *world) cmdSignal(ts *testscript.TestScript, args []string) {
 	if s == 0 {
 		ts.Fatalf("no signal %s", args[0])
 	}
-	ts.Check(w.background(ts, args[1]).cmd.Process.Signal(s))
+	p := w.raid
+	if args[1] != "raid" {
+		p = w.background(ts, args[1])
+	}
+	ts.Check(p.cmd.Process.Signal(s))
 }
 
 func (w *world) cmdType(ts *testscript.TestScript, args []string) {
@@ -430,14 +465,41 @@ func (w *world) cmdEOF(ts *testscript.TestScript, args []string) {
 }
 
 func (w *world) cmdRunner(ts *testscript.TestScript, args []string) {
-	if len(args) != 2 || args[0] != "kill9" {
-		ts.Fatalf("usage: runner kill9 N")
+	if len(args) != 2 {
+		ts.Fatalf("usage: runner kill9 N, runner start NAME")
 	}
-	pid, fd, err := w.openRunner(filepath.Join(w.state, "runners", args[1]))
+	switch args[0] {
+	case "start":
+		w.startRunner(ts, args[1])
+	case "kill9":
+		pid, fd, err := w.openRunner(filepath.Join(w.state, "runners", args[1]))
+		ts.Check(err)
+		defer unix.Close(fd)
+		ts.Check(syscall.Kill(pid, syscall.SIGKILL))
+		ts.Check(awaitEnd(fd, patience))
+	default:
+		ts.Fatalf("runner: no %s", args[0])
+	}
+}
+
+// startRunner starts a runner as another machine would, and waits until it is ready.
+func (w *world) startRunner(ts *testscript.TestScript, name string) {
+	key := filepath.Join(w.dir, "keys", "runner-"+name)
+	if _, err := os.Stat(key); err != nil {
+		w.run(ts, 0, []string{"rai-keygen", "--server", "rai@127.0.0.1:" + w.port, "-i", filepath.Join(w.state, "admin"),
+			"--out", filepath.Dir(key), "runner", name}, "", "")
+	}
+	port := w.port
+	if p := w.proxies[name]; p != nil {
+		port = p.port
+	}
+	host, err := os.ReadFile(filepath.Join(w.state, "host_key.pub"))
 	ts.Check(err)
-	defer unix.Close(fd)
-	ts.Check(syscall.Kill(pid, syscall.SIGKILL))
-	ts.Check(awaitEnd(fd, patience))
+	ts.Check(os.WriteFile(key+".known", append([]byte("[127.0.0.1]:"+port+" "), host...), 0o644))
+	w.run(ts, 0, []string{"raid", "runner", "--server", "rai@127.0.0.1:" + port, "-i", key, "--known-hosts", key + ".known",
+		"--state", filepath.Join(w.dir, name), "--name", name}, "", name)
+	w.remotes[name] = true
+	w.cmdUntil(ts, []string{name, "ready"})
 }
 
 // openRunner returns the process that runs in a slot.
@@ -483,6 +545,9 @@ func awaitEnd(fd int, d time.Duration) error {
 // end stops everything the script started and looks for what is left of it.
 func (w *world) end() {
 	for name, p := range w.jobs {
+		if w.remotes[name] {
+			p.retire()
+		}
 		p.cmd.Process.Kill()
 		<-p.done
 		w.tb.Logf("&%s& was left in the background; it said:\n%s", name, p.both)
@@ -494,6 +559,16 @@ func (w *world) end() {
 		w.redis.cmd.Process.Kill()
 		<-w.redis.done
 	}
+	if w.boxes != nil {
+		w.unwatch()
+	}
+	if w.s3 != nil {
+		w.s3.Work() // or the end of raid would have to wait for it
+	}
+	if w.registry != nil {
+		w.registry.Stop()
+	}
+	w.closeDoor()
 	if w.raid != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 		defer cancel()
@@ -501,11 +576,32 @@ func (w *world) end() {
 			w.tb.Errorf("stop raid: %v", err)
 		}
 	}
+	if w.s3 != nil {
+		if err := w.s3.Close(); err != nil {
+			w.tb.Errorf("stop the S3 server: %v", err)
+		}
+	}
 	if len(w.logs) > 0 && !w.stopRunners() && !w.tb.Failed() {
 		w.checkGone()
 	}
+	if w.registryAt != "" {
+		if err := w.lab.ForgetAll(context.Background(), w.registryAt); err != nil {
+			w.tb.Errorf("forget the registry's images: %v", err)
+		}
+	}
 	if w.tb.Failed() {
 		w.showLogs()
+	}
+}
+
+// retire asks a runner to go, twice, so that it takes its boxes with it.
+func (p *process) retire() {
+	for range 2 {
+		p.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-p.done:
+		case <-time.After(5 * time.Second):
+		}
 	}
 }
 
@@ -555,13 +651,20 @@ func (w *world) stopRunners() (any bool) {
 func (w *world) checkGone() {
 	marks := []string{w.state}
 	ids, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "id"))
+	for name := range w.remotes {
+		marks = append(marks, filepath.Join(w.dir, name))
+		ids = append(ids, filepath.Join(w.dir, name, "id"))
+	}
 	for _, path := range ids {
 		if id, err := os.ReadFile(path); err == nil {
 			marks = append(marks, strings.TrimSpace(string(id)))
 		}
 	}
-	for _, what := range leftovers(marks) {
+	for _, what := range boxtest.Traces(marks...) {
 		w.tb.Errorf("left behind: %s", what)
+	}
+	for _, id := range marks[1:] {
+		w.checkContainers(id)
 	}
 	for _, pattern := range []string{"incoming/*", "blobs/tmp/*", "runners/*/attempts/*", ".rai-*", "runners/*/.rai-*", "spool/*tmp*"} {
 		files, _ := filepath.Glob(filepath.Join(w.state, pattern))
@@ -569,39 +672,20 @@ func (w *world) checkGone() {
 			w.tb.Errorf("left in the state folder: %s", f)
 		}
 	}
+	for name := range w.remotes {
+		files, _ := filepath.Glob(filepath.Join(w.dir, name, "attempts", "*"))
+		for _, f := range files {
+			w.tb.Errorf("left in a runner's folder: %s", f)
+		}
+	}
 }
 
-// leftovers finds whatever on this machine carries one of the marks.
-func leftovers(marks []string) []string {
-	var found []string
-	look := func(what string, text []byte) {
-		for _, m := range marks {
-			if bytes.Contains(text, []byte(m)) {
-				found = append(found, what)
-				return
-			}
-		}
+// checkContainers asks the engine, if there is one, for boxes of a runner.
+func (w *world) checkContainers(id string) {
+	if w.lab == nil {
+		return
 	}
-	procs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range procs {
-		line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		group, _ := os.ReadFile(filepath.Join(dir, "cgroup"))
-		look("process "+filepath.Base(dir)+": "+strings.ReplaceAll(string(line), "\x00", " "), append(line, group...))
+	if left, err := w.lab.Containers(context.Background(), "raid.runner="+id); err != nil || len(left) > 0 {
+		w.tb.Errorf("left behind: containers %q, %v", left, err)
 	}
-	mounts, _ := os.ReadFile("/proc/self/mountinfo")
-	for line := range bytes.Lines(mounts) {
-		look("mount "+strings.TrimSpace(string(line)), line)
-	}
-	loops, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	for _, path := range loops {
-		b, _ := os.ReadFile(path)
-		look(path, b)
-	}
-	for _, m := range marks[1:] {
-		for _, pattern := range []string{"/sys/fs/cgroup/*/raid/" + m, "/sys/fs/cgroup/raid/" + m, "/var/tmp/raid-" + m} {
-			paths, _ := filepath.Glob(pattern)
-			found = append(found, paths...)
-		}
-	}
-	return found
 }
