@@ -6,6 +6,8 @@ missing=
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
 PATH=$PATH:/usr/sbin:/sbin
 need bwrap bubblewrap
+need dockerd docker.io
+need docker-registry docker-registry
 need ssh openssh-client
 need sshd openssh-server
 need redis-server redis-server
@@ -17,6 +19,7 @@ need zstd zstd
 need bsdtar libarchive-tools
 need zip zip
 need python3 python3
+/usr/bin/python3 -c 'import redis' 2>/dev/null || missing="$missing python3-redis" # reads the mirror
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
 	echo "raid: installing$missing"

@@ -1,7 +1,8 @@
 #!/bin/sh
 # raid beside its peers, on this machine, in one run: writes contrib/bench/RESULTS.md.
-#   contrib/bench/run.sh [GROUP…]     login echo box upload live lines latency blocked queue idle restart
-# With groups named, the table is only printed. RAID_BENCH_NOTE adds a line about the machine.
+#   contrib/bench/run.sh [GROUP…]     login echo box docker upload live lines latency blocked mirror queue redis doors idle restart s3
+# With groups named, the table is only printed. RAID_BENCH_NOTE adds a line about the machine;
+# RAID_BENCH_STOPPED is for how many seconds Redis stands still in mirror (10).
 set -eu
 cd "$(dirname "$0")/../.."
 out=$PWD/contrib/bench/RESULTS.md
