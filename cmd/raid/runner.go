@@ -66,7 +66,8 @@ func runnerCommand() *cobra.Command {
 	return cmd
 }
 
-// runRunner runs one runner until SIGTERM; a second one gives its job back.
+// runRunner runs one runner until SIGTERM or raid's own signals; a second SIGTERM gives its
+// job back.
 func runRunner(ctx context.Context, f runnerFlags) error {
 	dir, err := absolute(f.state)
 	if err != nil {
@@ -75,7 +76,7 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	first, signals := onSignals(ctx) // from here on nothing is left half made by a signal
+	first, signals := onSignals(ctx, goLater, goNow) // from here on nothing is left half made by a signal
 	defer signals.stop()
 	lock, err := store.Lock(dir)
 	if errors.Is(err, store.ErrLocked) {

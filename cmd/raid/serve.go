@@ -238,20 +238,29 @@ type signalBox struct {
 	second <-chan struct{} // closed at the second signal
 }
 
-func onSignals(ctx context.Context) (context.Context, signalBox) {
+// Signals by which raid tells its runners to go. They say what is wanted, however often
+// they come: raid may be stopped many times while one job runs.
+const (
+	goLater = syscall.SIGUSR1 // when the job is over
+	goNow   = syscall.SIGUSR2 // the job is given back
+)
+
+// onSignals heeds SIGTERM, SIGINT and more of the two above.
+func onSignals(ctx context.Context, more ...os.Signal) (context.Context, signalBox) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	in, second, done := make(chan os.Signal, 2), make(chan struct{}), make(chan struct{})
-	signal.Notify(in, syscall.SIGTERM, syscall.SIGINT)
+	in, second, done := make(chan os.Signal, 4), make(chan struct{}), make(chan struct{})
+	signal.Notify(in, append(more, syscall.SIGTERM, syscall.SIGINT)...)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		for n := 0; n < 2; n++ {
+		for asked := false; ; {
 			select {
 			case s := <-in:
-				if n == 0 {
-					cancel(fmt.Errorf("%s", s))
-				} else {
+				cancel(fmt.Errorf("%s", s))
+				if s == goNow || asked && s != goLater {
 					close(second)
+					return
 				}
+				asked = asked || s != goLater
 			case <-done:
 				return
 			}

@@ -243,16 +243,16 @@ func keepSlots(ctx context.Context, slots []slot, signals signalBox, logger *log
 	select {
 	case <-gone:
 	case <-signals.second:
-		tell(slots)
+		hurry(slots)
 		<-gone
 	}
 }
 
-// tell sends every runner SIGTERM, once more: keep has sent the first.
-func tell(slots []slot) {
+// hurry has every runner give its job back and go; keep has told it to go.
+func hurry(slots []slot) {
 	for i := range slots {
 		if pid, held := slots[i].holder(); held && pid > 0 {
-			syscall.Kill(pid, syscall.SIGTERM)
+			syscall.Kill(pid, goNow)
 		}
 	}
 }
@@ -333,7 +333,7 @@ func (sl *slot) start(ctx context.Context) error {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
-		cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Process.Signal(goLater)
 	}
 	select {
 	case err := <-ended:
@@ -369,7 +369,7 @@ func (sl *slot) await(ctx context.Context, pid int) error {
 		case set[0].Revents != 0:
 			return errors.New("it has gone")
 		}
-		unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0)
+		unix.PidfdSendSignal(fd, goLater, nil, 0)
 		unix.Poll(set[:1], int(idleEnds.Milliseconds()))
 		return nil
 	}

@@ -528,6 +528,11 @@ func (w *world) openRunner(slot string) (pid, fd int, err error) {
 
 // awaitEnd waits for the end of a process that is not our child.
 func awaitEnd(fd int, d time.Duration) error {
+	return awaitReady(fd, d, "the process did not end")
+}
+
+// awaitReady waits until fd can be read.
+func awaitReady(fd int, d time.Duration, otherwise string) error {
 	for {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(d.Milliseconds()))
 		switch {
@@ -536,9 +541,41 @@ func awaitEnd(fd int, d time.Duration) error {
 		case err != nil:
 			return err
 		case n == 0:
-			return fmt.Errorf("the process did not end within %v", d)
+			return fmt.Errorf("%s within %v", otherwise, d)
 		}
 		return nil
+	}
+}
+
+// settle waits until the local runners have told raid how their attempts ended: raid may
+// have been away, and a script may be over before they are back.
+func (w *world) settle() {
+	dirs, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts"))
+	if w.raid == nil || w.tb.Failed() || len(dirs) == 0 {
+		return
+	}
+	in, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		w.tb.Errorf("inotify: %v", err)
+		return
+	}
+	defer unix.Close(in)
+	for _, dir := range dirs {
+		if _, err := unix.InotifyAddWatch(in, dir, unix.IN_DELETE|unix.IN_MOVED_FROM); err != nil {
+			w.tb.Errorf("watch %s: %v", dir, err)
+		}
+	}
+	events := make([]byte, 4096)
+	for {
+		left, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts", "*"))
+		if len(left) == 0 {
+			return
+		}
+		if err := awaitReady(in, 20*time.Second, "nothing changed"); err != nil {
+			w.tb.Errorf("runners hold %q: %v", left, err)
+			return
+		}
+		unix.Read(in, events)
 	}
 }
 
@@ -568,6 +605,7 @@ func (w *world) end() {
 	if w.registry != nil {
 		w.registry.Stop()
 	}
+	w.settle()
 	w.closeDoor()
 	if w.raid != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
