@@ -154,6 +154,53 @@ func TestRedisSentinel(t *testing.T) {
 	}
 }
 
+// TestRedisFailover: the master dies, Sentinel makes its replica the master, and the store
+// goes on there with all that the replica has heard of; the old one comes back and changes
+// nothing.
+func TestRedisFailover(t *testing.T) {
+	port, second, watcher := freePort(t), freePort(t), freePort(t)
+	first := startRedis(t, "--port", port, "--bind", "127.0.0.1")
+	startRedis(t, "--port", second, "--bind", "127.0.0.1", "--replicaof", "127.0.0.1 "+port)
+	conf := filepath.Join(t.TempDir(), "sentinel.conf")
+	text := fmt.Sprintf("sentinel monitor m 127.0.0.1 %s 1\nsentinel down-after-milliseconds m 500\nsentinel failover-timeout m 3000\n", port)
+	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	startSentinel(t, conf, watcher)
+	sentinel := redis.NewSentinelClient(&redis.Options{Addr: "127.0.0.1:" + watcher, DisableIdentity: true})
+	defer sentinel.Close()
+	for {
+		if known, err := sentinel.Replicas(t.Context(), "m").Result(); err == nil && len(known) == 1 && known[0]["master-link-status"] == "ok" {
+			break
+		}
+		pauseABit()
+	}
+	a := &account{t: t, Redis: openURL(t, "redis://127.0.0.1:"+watcher+"?master=m")}
+	for range 20 {
+		if err := a.commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	db := first.client()
+	if n, err := db.Do(t.Context(), "WAIT", 1, 10_000).Int(); err != nil || n != 1 {
+		t.Fatalf("WAIT = %d, %v: the replica has not heard of all", n, err)
+	}
+	first.kill()
+	for a.commit() != nil {
+		pauseABit()
+	}
+	first.start()
+	for range 20 {
+		if err := a.commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.reload(false)
+	if at, err := sentinel.GetMasterAddrByName(t.Context(), "m").Result(); err != nil || at[1] != second {
+		t.Errorf("the master is at %v, %v, want %s", at, err, second)
+	}
+}
+
 func startSentinel(t *testing.T, conf, port string) {
 	t.Helper()
 	redistest.StartPlain(t, conf, "--sentinel", "--port", port, "--bind", "127.0.0.1")
