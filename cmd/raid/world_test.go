@@ -660,8 +660,9 @@ func lastLines(s string, n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "")
 }
 
-// stopRunners ends the runners that raid left behind, and reports whether there were
-// any: one that is busy may well be, but a script ends when its jobs have.
+// stopRunners waits for the runners that raid has told to go, which an idle one does within
+// moments, or seconds where the disk is busy. One that does not is ended, and is the script's
+// fault: it ends when its jobs have. any reports whether there was one.
 func (w *world) stopRunners() (any bool) {
 	slots, _ := filepath.Glob(filepath.Join(w.state, "runners", "*"))
 	for _, slot := range slots {
@@ -669,15 +670,14 @@ func (w *world) stopRunners() (any bool) {
 		if err != nil {
 			continue
 		}
-		any = true
-		w.tb.Errorf("runner %s (process %d) outlived raid", filepath.Base(slot), pid)
-		syscall.Kill(pid, syscall.SIGTERM)
-		if awaitEnd(fd, time.Second) != nil {
-			syscall.Kill(pid, syscall.SIGTERM)
-		}
-		if err := awaitEnd(fd, 15*time.Second); err != nil {
-			w.tb.Error(err)
-			syscall.Kill(pid, syscall.SIGKILL)
+		if err := awaitEnd(fd, patience); err != nil {
+			any = true
+			w.tb.Errorf("runner %s (process %d) outlived raid: %v", filepath.Base(slot), pid, err)
+			syscall.Kill(pid, goNow)
+			if err := awaitEnd(fd, 15*time.Second); err != nil {
+				w.tb.Error(err)
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
 		}
 		unix.Close(fd)
 	}
