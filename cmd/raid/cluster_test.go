@@ -33,7 +33,7 @@ func TestCluster(t *testing.T) {
 	rounds, seed := envInt(t, "RAID_CLUSTER_ROUNDS", 30), envInt(t, "RAID_CRASH_SEED", time.Now().UnixNano())
 	t.Logf("RAID_CLUSTER_ROUNDS=%d RAID_CRASH_SEED=%d", rounds, seed)
 	c := newCluster(t, uint64(seed), 1)
-	c.endure(rounds, 4*patience, c.harm)
+	c.endure(rounds, 2*patience, c.harm)
 }
 
 // A clusterTest is a crash of three raids, with what they depend on.
@@ -197,7 +197,7 @@ func (c *clusterTest) submitTo(h *crashHouse, key ssh.Signer, seconds int) func(
 		select {
 		case s := <-result:
 			return id, s
-		case <-time.After(2 * patience):
+		case <-time.After(patience):
 			conn.Close()
 			return id, <-result
 		}
@@ -225,7 +225,7 @@ func (c *clusterTest) try(h *crashHouse, key ssh.Signer, command string) said {
 // attach follows a job to its end, as often as a raid asks to try again.
 func (c *clusterTest) attach(h *crashHouse, key ssh.Signer, id int64) (s said) {
 	c.Helper()
-	for deadline := time.Now().Add(2 * patience); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
 		if s = c.try(h, key, fmt.Sprint("attach ", id)); s.whole && s.status != job.ExitTryLater {
 			return s
 		}

@@ -42,7 +42,7 @@ func TestCrash(t *testing.T) {
 	rounds, seed := envInt(t, "RAID_CRASH_ROUNDS", 100), envInt(t, "RAID_CRASH_SEED", time.Now().UnixNano())
 	t.Logf("RAID_CRASH_ROUNDS=%d RAID_CRASH_SEED=%d", rounds, seed)
 	c := newCrash(t, uint64(seed))
-	c.endure(rounds, 2*patience, c.kill)
+	c.endure(rounds, patience, c.kill)
 }
 
 // endure has people work while so many bad things happen, lets them see all their jobs to

@@ -357,7 +357,7 @@ func (j *mixedJob) ssh(command string) *process {
 // run submits the job, does to it what is to be done, and compares what its owner sees.
 // It may be called by any goroutine.
 func (j *mixedJob) run() error {
-	ctx, cancel := context.WithTimeout(j.m.Context(), 3*patience)
+	ctx, cancel := context.WithTimeout(j.m.Context(), 2*patience)
 	defer cancel()
 	words := []string{"submit", "--name", j.name}
 	if !strings.Contains(j.flags, "-q ") {

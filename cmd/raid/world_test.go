@@ -26,8 +26,9 @@ import (
 	"github.com/rai-project/raid/sshd/blob/blobtest"
 )
 
-// patience is how long a script waits for anything.
-const patience = 60 * time.Second
+// patience is how long a script waits for anything: far longer than even a machine that is
+// busy with much else should take.
+const patience = 2 * time.Minute
 
 // A world is what one script has around it: a raid, people, and what runs in the
 // background. Only the script's own goroutine uses it.
