@@ -108,8 +108,8 @@ func (e *ear) listen() error {
 		case k == job.File:
 			e.source.Write(p) // after a failed unpack nobody reads on, and the rest is of no use
 		case k == job.Stop:
+			e.stop(job.Reason(p)) // first, or the source would end for no reason that is known
 			e.source.CloseWithError(errStopped)
-			e.stop(job.Reason(p))
 		default:
 			err := fmt.Errorf("%w: kind %q after the order", job.ErrFrame, byte(k))
 			e.source.CloseWithError(err)
