@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,6 +20,7 @@ import (
 	"github.com/rai-project/raid/runner/box/docker"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/sshd/store"
+	"github.com/rai-project/raid/sshd/store/redistest"
 	"github.com/rai-project/raid/sshd/stream"
 )
 
@@ -190,6 +192,25 @@ func TestJudgeStore(t *testing.T) {
 			[]string{"warning redis, store: it takes 12ms to answer", "ok redis, store: "}},
 	} {
 		expect(t, "store", judgeStore(url, c.f, c.err), c.want...)
+	}
+}
+
+// TestExamineRedis has a Redis that loses its jobs when it starts again, and one that does not.
+func TestExamineRedis(t *testing.T) {
+	for byDefault, want := range map[string][]string{
+		"off":             {"warning redis, store: jobs are lost when it starts again", "ok redis, store: "},
+		"off ~* &* +@all": {"ok redis, store: "},
+	} {
+		s := redistest.Start(t, strings.Fields("--user raid on >pw ~* &* +@all --user default reset "+byDefault)...)
+		p := &patient{c: defaults()}
+		p.c.Queue.Store = strings.Replace(s.URL(), "unix://", "unix://raid:pw@", 1)
+		all := slices.DeleteFunc(examineRedis(t.Context(), p), func(f finding) bool {
+			return strings.Contains(f.Found, "to answer") // a busy machine
+		})
+		expect(t, byDefault, all, want...)
+		if len(want) > 1 && !strings.Contains(all[0].Fix, "user default off ~* &* +@all") {
+			t.Errorf("fix %q, want what to put into its ACL", all[0].Fix)
+		}
 	}
 }
 
