@@ -67,7 +67,7 @@ type Raid struct {
 	print string // fingerprint of Own
 	door  *door.Server
 	home  sync.Mutex // held in a term, and to Forget
-	doors sync.Map   // fingerprint → struct{}: raids that were seen here
+	raids directory
 
 	mu    sync.Mutex // guards the following
 	term  *term      // nil while another raid leads, or none
@@ -84,10 +84,11 @@ type term struct {
 
 // New returns a raid that waits for Serve.
 func New(c Config) (*Raid, error) {
-	r := &Raid{Config: c, print: ssh.FingerprintSHA256(c.Own.PublicKey()), moved: make(chan struct{})}
+	r := &Raid{Config: c, print: ssh.FingerprintSHA256(c.Own.PublicKey()), moved: make(chan struct{}),
+		raids: directory{ask: c.Redis.Door, known: map[string]store.Member{}}}
 	r.me = store.Member{ID: newID(), Addr: c.Addr, Key: line(c.Own.PublicKey())}
 	var err error
-	r.door, err = door.New(door.Config{HostKeys: c.HostKeys, Authorize: r.authorize, Route: r.route, Handle: r.handle, Logf: c.Logf})
+	r.door, err = door.New(door.Config{HostKeys: c.HostKeys, Authorize: r.authorize, IsRaid: r.isRaid, Route: r.route, Handle: r.handle, Logf: c.Logf})
 	return r, err
 }
 
@@ -151,14 +152,13 @@ func (r *Raid) meet(ctx context.Context) (others []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r.doors.Clear()
 	for print, m := range all {
-		r.doors.Store(print, struct{}{})
 		if print != r.print {
 			others = append(others, m.Addr)
 		}
 	}
 	slices.Sort(others)
+	r.raids.learn(all)
 	return others, nil
 }
 
@@ -258,22 +258,17 @@ func (r *Raid) authorize(ctx context.Context, key ssh.PublicKey, from netip.Addr
 // nobody is whoever comes while no raid leads: it is not known who that is.
 var nobody = keys.Identity{Role: keys.Guest, Fingerprint: "unknown"}
 
-// known says who a key belongs to at the raid that leads: another raid, or whoever the
-// leader says. A raid that is not known yet has not been looked up.
+// known says who a key belongs to at the raid that leads: another raid that is known, or
+// whoever the leader says. It waits for nobody.
 func (r *Raid) known(ctx context.Context, t *term, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
-	print := ssh.FingerprintSHA256(key)
-	_, isDoor := r.doors.Load(print)
-	if !isDoor {
-		who, err := t.Authorize(ctx, key, from)
-		if err == nil && who.Role != keys.Guest {
-			return who, nil
-		}
-		limit, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		if m, derr := r.Redis.Door(limit, print); derr != nil || m.Key != line(key) {
-			return who, err
-		}
-		r.doors.Store(print, struct{}{})
+	if print := ssh.FingerprintSHA256(key); r.raids.has(print) {
+		return keys.Identity{User: "raid", Role: keys.Door, Fingerprint: print}, nil
 	}
-	return keys.Identity{User: "raid", Role: keys.Door, Fingerprint: print}, nil
+	return t.Authorize(ctx, key, from)
+}
+
+// isRaid is [door.Config.IsRaid]: other raids come to the one that leads.
+func (r *Raid) isRaid(ctx context.Context, key ssh.PublicKey) bool {
+	t, _, _ := r.now()
+	return t != nil && r.raids.find(ctx, key)
 }
