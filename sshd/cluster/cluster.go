@@ -16,6 +16,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,15 +49,16 @@ type Config struct {
 	HostKeys []ssh.Signer // of the deployment
 	Own      ssh.Signer   // of this raid alone
 	Addr     string       // where the other raids reach it, host:port
+	Version  string       // what it tells them that it runs
 	Redis    *store.Redis // open, and closed by whoever opened it
 	// Lead makes the leader of a term from what Redis has. The term ends with ctx.
 	Lead func(ctx context.Context) (Leader, error)
 	// Forget is called when another raid leads, outside of terms: what a term of this one
 	// has left unfinished counts no more.
 	Forget func() error
-	// Others is told where the other raids are, at first and when that changes, from one
-	// goroutine.
-	Others func(addrs []string)
+	// Others is told of the other raids, sorted by address, at first and when one comes,
+	// goes or starts again, from one goroutine.
+	Others func([]store.Member)
 	Logf   func(format string, args ...any)
 }
 
@@ -86,7 +88,7 @@ type term struct {
 func New(c Config) (*Raid, error) {
 	r := &Raid{Config: c, print: ssh.FingerprintSHA256(c.Own.PublicKey()), moved: make(chan struct{}),
 		raids: directory{ask: c.Redis.Door, known: map[string]store.Member{}}}
-	r.me = store.Member{ID: newID(), Addr: c.Addr, Key: line(c.Own.PublicKey())}
+	r.me = store.Member{ID: newID(), Addr: c.Addr, Key: line(c.Own.PublicKey()), Version: c.Version}
 	var err error
 	r.door, err = door.New(door.Config{HostKeys: c.HostKeys, Authorize: r.authorize, IsRaid: r.isRaid, Route: r.route, Handle: r.handle, Logf: c.Logf})
 	return r, err
@@ -120,7 +122,7 @@ func (r *Raid) Serve(ctx context.Context, l net.Listener, grace time.Duration) e
 func (r *Raid) announce(ctx context.Context) {
 	tick := time.NewTicker(store.DoorTTL / 3)
 	defer tick.Stop()
-	var others []string
+	var others []store.Member
 	for {
 		now, err := r.meet(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -141,8 +143,8 @@ func (r *Raid) announce(ctx context.Context) {
 	}
 }
 
-// meet tells the other raids of this one, and returns where they are.
-func (r *Raid) meet(ctx context.Context) (others []string, err error) {
+// meet tells the other raids of this one, and returns them.
+func (r *Raid) meet(ctx context.Context) (others []store.Member, err error) {
 	ctx, cancel := context.WithTimeout(ctx, store.DoorTTL/3)
 	defer cancel()
 	if err := r.Redis.PutDoor(ctx, r.print, r.me); err != nil {
@@ -154,10 +156,10 @@ func (r *Raid) meet(ctx context.Context) (others []string, err error) {
 	}
 	for print, m := range all {
 		if print != r.print {
-			others = append(others, m.Addr)
+			others = append(others, m)
 		}
 	}
-	slices.Sort(others)
+	slices.SortFunc(others, func(a, b store.Member) int { return cmp.Or(cmp.Compare(a.Addr, b.Addr), cmp.Compare(a.ID, b.ID)) })
 	r.raids.learn(all)
 	return others, nil
 }
