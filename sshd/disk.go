@@ -14,7 +14,7 @@ import (
 )
 
 // Keep says how long what finished jobs left behind is kept; 0 is for ever. When the
-// disk is full the files of the oldest go sooner.
+// disk is full files go sooner, the oldest of whoever holds the most.
 type Keep struct {
 	Files   time.Duration // upload, /build and output
 	Records time.Duration // what status and history show; files do not stay without it
@@ -99,17 +99,18 @@ func outlook(r *janitor.Report) string {
 	case r.DaysLeft == nil:
 		return "at this rate the disk does not fill up"
 	case *r.DaysLeft == 0:
-		return "the disk is full, and the oldest " + firstWord(r) + " go first"
+		return "the disk is full, and the oldest " + firstWord(r)
 	}
-	return "at this rate the disk is full " + fullWord(r) + ", and then the oldest " + firstWord(r) + " go first"
+	return "at this rate the disk is full " + fullWord(r) + ", and then the oldest " + firstWord(r)
 }
 
-// firstWord is what goes when the disk is full.
+// firstWord says what goes when the disk is full.
 func firstWord(r *janitor.Report) string {
+	what := "files"
 	if r.Elsewhere {
-		return "copies of logs"
+		what = "copies of logs"
 	}
-	return "files"
+	return what + " of the team that has the most go first"
 }
 
 func fullWord(r *janitor.Report) string {

@@ -67,9 +67,9 @@ func TestDiskWords(t *testing.T) {
 		{Keep{}, janitor.Report{OverDays: 1}, "0 bytes a day came in the last day: at this rate the disk does not fill up\n" +
 			"files of 0 jobs are kept, for ever; records for ever"},
 		{Keep{30 * 24 * time.Hour, 8760 * time.Hour}, janitor.Report{OverDays: 7, PerDay: 3 << 30, Jobs: 1, DaysLeft: days(23)},
-			"3 GiB a day came in the last 7 days: at this rate the disk is full in 23 days, and then the oldest files go first\n" +
+			"3 GiB a day came in the last 7 days: at this rate the disk is full in 23 days, and then the oldest files of the team that has the most go first\n" +
 				"files of 1 job are kept, for 30 days after the end; records for 365 days after the end"},
-		{Keep{Files: time.Hour}, janitor.Report{OverDays: 2, DaysLeft: days(0)}, "0 bytes a day came in the last 2 days: the disk is full, and the oldest files go first\n" +
+		{Keep{Files: time.Hour}, janitor.Report{OverDays: 2, DaysLeft: days(0)}, "0 bytes a day came in the last 2 days: the disk is full, and the oldest files of the team that has the most go first\n" +
 			"files of 0 jobs are kept, for 1h00m after the end; records for ever"},
 	} {
 		s := &Server{Config: Config{Keep: tt.keep}}

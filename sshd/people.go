@@ -2,6 +2,7 @@ package sshd
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -90,12 +91,14 @@ func runVersion(_ context.Context, c *call) (int, error) {
 	return 0, err
 }
 
-func (v Version) String() string {
-	s := "raid " + v.Version
-	if v.Commit != "" {
-		s += " (" + v.Commit + ")"
+func (v Version) String() string { return "raid " + v.Build() + " " + v.Go }
+
+// Build is the version and the commit: what two raids must have in common.
+func (v Version) Build() string {
+	if v.Commit == "" {
+		return v.Version
 	}
-	return s + " " + v.Go
+	return v.Version + " (" + v.Commit + ")"
 }
 
 func runBuildtime(_ context.Context, c *call) (int, error) {
@@ -136,13 +139,13 @@ func runRaids(ctx context.Context, c *call) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	t := newGrid("RAID", "")
+	t := newGrid("RAID", "VERSION", "")
 	for _, r := range all {
 		role := "door"
 		if r.Leads {
 			role = "leads"
 		}
-		t.add(r.Addr, role)
+		t.add(r.Addr, cmp.Or(r.Version, "unknown"), role)
 		if c.json() {
 			if err := c.emit(r); err != nil {
 				return 0, err

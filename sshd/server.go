@@ -97,8 +97,9 @@ type HTTP struct {
 
 // A Raid is one raid of a deployment.
 type Raid struct {
-	Addr  string `json:"addr"` // where the others reach it
-	Leads bool   `json:"leads"`
+	Addr    string `json:"addr"` // where the others reach it
+	Leads   bool   `json:"leads"`
+	Version string `json:"version"` // what it runs; "" if it does not say
 }
 
 // A Version says which raid this is.

@@ -59,11 +59,14 @@ func (h *house) among(ctx context.Context) error {
 	var nb neighbours
 	addr := cmp.Or(h.Queue.Advertise, reachable(l.Addr()))
 	raid, err := cluster.New(cluster.Config{
-		HostKeys: []ssh.Signer{h.state.host}, Own: own, Addr: addr,
+		HostKeys: []ssh.Signer{h.state.host}, Own: own, Addr: addr, Version: version().Build(),
 		Redis: redis, Logf: h.log.Infof,
 		Lead:   func(ctx context.Context) (cluster.Leader, error) { return h.lead(ctx, redis, own) },
 		Forget: func() error { return sshd.Forget(h.state.dir) },
-		Others: func(addrs []string) { h.say("tell local runners of other raids", nb.meet(addrs)) },
+		Others: func(others []store.Member) {
+			h.compare(version().Build(), others)
+			h.say("tell local runners of other raids", nb.meet(others))
+		},
 	})
 	if err != nil {
 		return err
@@ -86,6 +89,16 @@ func (h *house) say(what string, err error) {
 	}
 }
 
+// compare warns of raids that run another version than this one.
+func (h *house) compare(mine string, others []store.Member) {
+	for _, m := range others {
+		if m.Version != mine {
+			h.log.Warn("another raid runs another version: not for longer than an upgrade takes",
+				"raid", m.Addr, "runs", cmp.Or(m.Version, "unknown"), "this", mine)
+		}
+	}
+}
+
 // neighbours are the other raids, as local runners know them: one that has lost its own
 // raid goes to another with its job.
 type neighbours struct {
@@ -95,10 +108,13 @@ type neighbours struct {
 }
 
 // meet is told where the other raids are.
-func (n *neighbours) meet(addrs []string) error {
+func (n *neighbours) meet(others []store.Member) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.addrs = addrs
+	n.addrs = nil
+	for _, m := range others {
+		n.addrs = append(n.addrs, m.Addr)
+	}
 	return n.write()
 }
 
@@ -202,7 +218,7 @@ func raidsOf(redis *store.Redis) func(context.Context) ([]sshd.Raid, error) {
 		}
 		doors, err := redis.Doors(ctx)
 		for _, m := range doors {
-			all = append(all, sshd.Raid{Addr: m.Addr, Leads: m.ID == leader.ID})
+			all = append(all, sshd.Raid{Addr: m.Addr, Leads: m.ID == leader.ID, Version: m.Version})
 		}
 		slices.SortFunc(all, func(a, b sshd.Raid) int { return strings.Compare(a.Addr, b.Addr) })
 		return all, err

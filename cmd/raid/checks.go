@@ -22,6 +22,7 @@ import (
 
 	"github.com/rai-project/raid/keys/secret"
 	"github.com/rai-project/raid/runner/box/bwrap"
+	"github.com/rai-project/raid/runner/box/docker"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/sshd/store"
 	"github.com/rai-project/raid/sshd/stream"
@@ -328,34 +329,48 @@ type engineVersion struct {
 	Components []struct{ Name, Version string }
 }
 
+// An engineInfo is what Docker's GET /info says of the users of its containers.
+type engineInfo struct {
+	SecurityOptions []string
+	DockerRootDir   string
+}
+
 // examineDocker asks the engine by its socket.
 func examineDocker(ctx context.Context, p *patient) []finding {
 	socket := "/var/run/docker.sock"
 	if host, ok := strings.CutPrefix(os.Getenv("DOCKER_HOST"), "unix://"); ok {
 		socket = host
 	}
-	v, err := askEngine(ctx, socket)
-	return append(judgeEngine(p.c.Box.Engine == "docker", socket, v, err), examineToolkit(ctx)...)
+	var v engineVersion
+	err := askEngine(ctx, socket, "/version", &v)
+	all := judgeEngine(p.c.Box.Engine == "docker", socket, v, err)
+	if err == nil {
+		var i engineInfo
+		err := askEngine(ctx, socket, "/info", &i)
+		all = append(all, judgeUsers(p.c.containers(), i, err))
+	}
+	return append(all, examineToolkit(ctx)...)
 }
 
-func askEngine(ctx context.Context, socket string) (v engineVersion, err error) {
+// askEngine asks the engine behind a socket for what it says at a path.
+func askEngine(ctx context.Context, socket, path string, said any) error {
 	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", socket)
 		}}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/version", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker"+path, nil)
 	if err != nil {
-		return v, err
+		return err
 	}
 	res, err := c.Do(req)
 	if err != nil {
-		return v, err
+		return err
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
-		return v, fmt.Errorf("%s says %s", socket, res.Status)
+		return fmt.Errorf("%s says %s", socket, res.Status)
 	}
-	return v, json.NewDecoder(http.MaxBytesReader(nil, res.Body, 1<<20)).Decode(&v)
+	return json.NewDecoder(http.MaxBytesReader(nil, res.Body, 1<<20)).Decode(said)
 }
 
 // A hole is a known way out of a container in versions before one.
@@ -403,6 +418,30 @@ func judgeEngine(wanted bool, socket string, v engineVersion, err error) []findi
 		all = append(all, judgeHoles(c.Name, c.Version)...)
 	}
 	return all
+}
+
+// judgeUsers says who the jobs in the boxes of raid.toml are on this machine: all are one
+// user, and who that is the engine's daemon.json says.
+func judgeUsers(boxes []boxConfig, i engineInfo, err error) finding {
+	const what, daemon = "docker users", "\"userns-remap\": \"default\" in /etc/docker/daemon.json, with the same first id in /etc/subuid and /etc/subgid, " +
+		"then restart it: it pulls its images anew"
+	mapped, unmapped := docker.MappedRoot(i.SecurityOptions, i.DockerRootDir)
+	switch {
+	case err != nil:
+		return warn(what, "", "the engine does not say whether it maps them: %v", err)
+	case slices.Contains(i.SecurityOptions, "name=rootless"):
+		return good(what, "the engine is not root: a box's root is the engine's user")
+	case unmapped != nil:
+		return warn(what, "the same first id in /etc/subuid and /etc/subgid", "the disk limit is only measured: %v", unmapped)
+	case mapped != 0:
+		return good(what, "userns-remap: a box's root is user %d here, whom all boxes share", mapped)
+	case len(boxes) == 0:
+		return good(what, "userns-remap is off, and raid.toml names no images: no box is a container")
+	case !slices.ContainsFunc(boxes, func(b boxConfig) bool { return !b.Strict }):
+		return good(what, "strict: jobs are nobody here, whom all boxes share")
+	}
+	return warn(what, daemon+"\nor strict = true in [box]",
+		"userns-remap is off: a box's root is this machine's root, whom all boxes share")
 }
 
 func judgeHoles(name, version string) (all []finding) {

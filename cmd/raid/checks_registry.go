@@ -43,14 +43,26 @@ func examineRegistries(ctx context.Context, p *patient) []finding {
 	return all
 }
 
+// boxes are the rules of boxes: those of [box], then those of each pool.
+func (c *config) boxes() []boxConfig {
+	all := []boxConfig{c.Box}
+	for _, p := range c.Pools {
+		all = append(all, p.box(c.Box))
+	}
+	return all
+}
+
+// containers are the rules of those boxes that are containers where an engine answers.
+func (c *config) containers() []boxConfig {
+	return slices.DeleteFunc(c.boxes(), func(b boxConfig) bool {
+		return b.Engine == "bwrap" || b.Image == "" && len(b.Allow) == 0
+	})
+}
+
 // registriesNamed are those that images may be pulled from or pushed to, by whole names.
 func (c *config) registriesNamed() []string {
-	boxes := []boxConfig{c.Box}
-	for _, p := range c.Pools {
-		boxes = append(boxes, p.box(c.Box))
-	}
 	var names []string
-	for _, b := range boxes {
+	for _, b := range c.boxes() {
 		if b.Engine == "bwrap" {
 			continue
 		}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,6 +20,7 @@ import (
 	"github.com/rai-project/raid/runner/box/docker"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/sshd/store"
+	"github.com/rai-project/raid/sshd/store/redistest"
 	"github.com/rai-project/raid/sshd/stream"
 )
 
@@ -193,6 +195,25 @@ func TestJudgeStore(t *testing.T) {
 	}
 }
 
+// TestExamineRedis has a Redis that loses its jobs when it starts again, and one that does not.
+func TestExamineRedis(t *testing.T) {
+	for byDefault, want := range map[string][]string{
+		"off":             {"warning redis, store: jobs are lost when it starts again", "ok redis, store: "},
+		"off ~* &* +@all": {"ok redis, store: "},
+	} {
+		s := redistest.Start(t, strings.Fields("--user raid on >pw ~* &* +@all --user default reset "+byDefault)...)
+		p := &patient{c: defaults()}
+		p.c.Queue.Store = strings.Replace(s.URL(), "unix://", "unix://raid:pw@", 1)
+		all := slices.DeleteFunc(examineRedis(t.Context(), p), func(f finding) bool {
+			return strings.Contains(f.Found, "to answer") // a busy machine
+		})
+		expect(t, byDefault, all, want...)
+		if len(want) > 1 && !strings.Contains(all[0].Fix, "user default off ~* &* +@all") {
+			t.Errorf("fix %q, want what to put into its ACL", all[0].Fix)
+		}
+	}
+}
+
 func TestJudgeBoxes(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -242,6 +263,34 @@ func TestJudgeEngine(t *testing.T) {
 	}
 }
 
+func TestJudgeUsers(t *testing.T) {
+	plain, mapped := engineInfo{[]string{"name=seccomp,profile=builtin"}, "/var/lib/docker"}, []string{"name=seccomp,profile=builtin", "name=userns"}
+	strict, bwrap := true, "bwrap"
+	image := func(c *config) { c.Box.Image = "rai/root" }
+	for _, tt := range []struct {
+		name string
+		set  func(*config)
+		i    engineInfo
+		err  error
+		want string
+	}{
+		{"plain", image, plain, nil, "warning docker users: userns-remap is off: a box's root is this machine's root, whom all boxes share"},
+		{"mapped", image, engineInfo{mapped, "/var/lib/docker/100000.100000"}, nil, "ok docker users: userns-remap: a box's root is user 100000 here"},
+		{"badly mapped", image, engineInfo{mapped, "/var/lib/docker/100000.231072"}, nil, "warning docker users: the disk limit is only measured"},
+		{"rootless", image, engineInfo{[]string{"name=rootless"}, "/home/raid/docker"}, nil, "ok docker users: the engine is not root"},
+		{"no images", func(*config) {}, plain, nil, "ok docker users: userns-remap is off, and raid.toml names no images"},
+		{"strict", func(c *config) { image(c); c.Box.Strict = true }, plain, nil, "ok docker users: strict"},
+		{"a strict pool", func(c *config) { image(c); c.Pools = map[string]poolConfig{"p": {Strict: &strict}} }, plain, nil, "warning docker users: userns-remap is off"},
+		{"a pool's images", func(c *config) { c.Pools = map[string]poolConfig{"p": {Allow: []string{"*"}}} }, plain, nil, "warning docker users: userns-remap is off"},
+		{"bubblewrap", func(c *config) { image(c); c.Box.Engine = bwrap }, plain, nil, "ok docker users: "},
+		{"refused", image, engineInfo{}, errors.New("403"), "warning docker users: the engine does not say"},
+	} {
+		c := defaults()
+		tt.set(&c)
+		expect(t, tt.name, []finding{judgeUsers(c.containers(), tt.i, tt.err)}, tt.want)
+	}
+}
+
 // TestAskEngine has engines that answer, refuse, and never answer.
 func TestAskEngine(t *testing.T) {
 	dir := t.TempDir()
@@ -255,22 +304,47 @@ func TestAskEngine(t *testing.T) {
 		t.Cleanup(func() { s.Close() })
 		return l.Addr().String()
 	}
-	v, err := askEngine(t.Context(), serve("well", func(w http.ResponseWriter, r *http.Request) {
+	var v engineVersion
+	err := askEngine(t.Context(), serve("well", func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/version" {
+			w.WriteHeader(404)
+			return
+		}
 		w.Write([]byte(`{"Version": "29.5.1", "ApiVersion": "1.52", "Components": [{"Name": "runc", "Version": "1.3.3", "Details": {}}]}`))
-	}))
+	}), "/version", &v)
 	if err != nil || v.Version != "29.5.1" || v.APIVersion != "1.52" || len(v.Components) != 1 || v.Components[0].Version != "1.3.3" {
 		t.Errorf("askEngine = %+v, %v", v, err)
 	}
-	if _, err := askEngine(t.Context(), serve("refuses", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) })); err == nil || !strings.Contains(err.Error(), "403") {
+	if err := askEngine(t.Context(), serve("refuses", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) }), "/info", &v); err == nil || !strings.Contains(err.Error(), "403") {
 		t.Errorf("askEngine of one that refuses: %v, want 403", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := askEngine(ctx, serve("hangs", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })); err == nil {
+	if err := askEngine(ctx, serve("hangs", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }), "/info", &v); err == nil {
 		t.Error("askEngine of one that hangs: no error")
 	}
-	if _, err := askEngine(t.Context(), filepath.Join(dir, "none")); !errors.Is(err, fs.ErrNotExist) {
+	if err := askEngine(t.Context(), filepath.Join(dir, "none"), "/info", &v); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("askEngine of none: %v, want that it does not exist", err)
+	}
+}
+
+// TestExamineDocker has an engine whose boxes are the machine's root.
+func TestExamineDocker(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := map[string]string{"/version": `{"Version": "29.5.1", "ApiVersion": "1.52"}`, "/info": `{"SecurityOptions": ["name=cgroupns"], "DockerRootDir": "/d"}`}
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte(said[r.URL.Path])) })}
+	go s.Serve(l)
+	defer s.Close()
+	t.Setenv("DOCKER_HOST", "unix://"+l.Addr().String())
+	p := &patient{c: defaults()}
+	p.c.Box.Image = "rai/root"
+	all := slices.DeleteFunc(examineDocker(t.Context(), p), func(f finding) bool { return f.What == "nvidia-container-toolkit" })
+	expect(t, "plain", all[:min(2, len(all))], "ok docker: engine 29.5.1", "warning docker users: userns-remap is off")
+	if !strings.Contains(all[1].Fix, `"userns-remap": "default"`) {
+		t.Errorf("fix %q, want the line for daemon.json", all[1].Fix)
 	}
 }
 

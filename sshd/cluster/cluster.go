@@ -16,6 +16,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,15 +49,16 @@ type Config struct {
 	HostKeys []ssh.Signer // of the deployment
 	Own      ssh.Signer   // of this raid alone
 	Addr     string       // where the other raids reach it, host:port
+	Version  string       // what it tells them that it runs
 	Redis    *store.Redis // open, and closed by whoever opened it
 	// Lead makes the leader of a term from what Redis has. The term ends with ctx.
 	Lead func(ctx context.Context) (Leader, error)
 	// Forget is called when another raid leads, outside of terms: what a term of this one
 	// has left unfinished counts no more.
 	Forget func() error
-	// Others is told where the other raids are, at first and when that changes, from one
-	// goroutine.
-	Others func(addrs []string)
+	// Others is told of the other raids, sorted by address, at first and when one comes,
+	// goes or starts again, from one goroutine.
+	Others func([]store.Member)
 	Logf   func(format string, args ...any)
 }
 
@@ -67,7 +69,7 @@ type Raid struct {
 	print string // fingerprint of Own
 	door  *door.Server
 	home  sync.Mutex // held in a term, and to Forget
-	doors sync.Map   // fingerprint → struct{}: raids that were seen here
+	raids directory
 
 	mu    sync.Mutex // guards the following
 	term  *term      // nil while another raid leads, or none
@@ -84,10 +86,11 @@ type term struct {
 
 // New returns a raid that waits for Serve.
 func New(c Config) (*Raid, error) {
-	r := &Raid{Config: c, print: ssh.FingerprintSHA256(c.Own.PublicKey()), moved: make(chan struct{})}
-	r.me = store.Member{ID: newID(), Addr: c.Addr, Key: line(c.Own.PublicKey())}
+	r := &Raid{Config: c, print: ssh.FingerprintSHA256(c.Own.PublicKey()), moved: make(chan struct{}),
+		raids: directory{ask: c.Redis.Door, known: map[string]store.Member{}}}
+	r.me = store.Member{ID: newID(), Addr: c.Addr, Key: line(c.Own.PublicKey()), Version: c.Version}
 	var err error
-	r.door, err = door.New(door.Config{HostKeys: c.HostKeys, Authorize: r.authorize, Route: r.route, Handle: r.handle, Logf: c.Logf})
+	r.door, err = door.New(door.Config{HostKeys: c.HostKeys, Authorize: r.authorize, IsRaid: r.isRaid, Route: r.route, Handle: r.handle, Logf: c.Logf})
 	return r, err
 }
 
@@ -119,7 +122,7 @@ func (r *Raid) Serve(ctx context.Context, l net.Listener, grace time.Duration) e
 func (r *Raid) announce(ctx context.Context) {
 	tick := time.NewTicker(store.DoorTTL / 3)
 	defer tick.Stop()
-	var others []string
+	var others []store.Member
 	for {
 		now, err := r.meet(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -140,8 +143,8 @@ func (r *Raid) announce(ctx context.Context) {
 	}
 }
 
-// meet tells the other raids of this one, and returns where they are.
-func (r *Raid) meet(ctx context.Context) (others []string, err error) {
+// meet tells the other raids of this one, and returns them.
+func (r *Raid) meet(ctx context.Context) (others []store.Member, err error) {
 	ctx, cancel := context.WithTimeout(ctx, store.DoorTTL/3)
 	defer cancel()
 	if err := r.Redis.PutDoor(ctx, r.print, r.me); err != nil {
@@ -151,14 +154,13 @@ func (r *Raid) meet(ctx context.Context) (others []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r.doors.Clear()
 	for print, m := range all {
-		r.doors.Store(print, struct{}{})
 		if print != r.print {
-			others = append(others, m.Addr)
+			others = append(others, m)
 		}
 	}
-	slices.Sort(others)
+	slices.SortFunc(others, func(a, b store.Member) int { return cmp.Or(cmp.Compare(a.Addr, b.Addr), cmp.Compare(a.ID, b.ID)) })
+	r.raids.learn(all)
 	return others, nil
 }
 
@@ -258,22 +260,17 @@ func (r *Raid) authorize(ctx context.Context, key ssh.PublicKey, from netip.Addr
 // nobody is whoever comes while no raid leads: it is not known who that is.
 var nobody = keys.Identity{Role: keys.Guest, Fingerprint: "unknown"}
 
-// known says who a key belongs to at the raid that leads: another raid, or whoever the
-// leader says. A raid that is not known yet has not been looked up.
+// known says who a key belongs to at the raid that leads: another raid that is known, or
+// whoever the leader says. It waits for nobody.
 func (r *Raid) known(ctx context.Context, t *term, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
-	print := ssh.FingerprintSHA256(key)
-	_, isDoor := r.doors.Load(print)
-	if !isDoor {
-		who, err := t.Authorize(ctx, key, from)
-		if err == nil && who.Role != keys.Guest {
-			return who, nil
-		}
-		limit, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		if m, derr := r.Redis.Door(limit, print); derr != nil || m.Key != line(key) {
-			return who, err
-		}
-		r.doors.Store(print, struct{}{})
+	if print := ssh.FingerprintSHA256(key); r.raids.has(print) {
+		return keys.Identity{User: "raid", Role: keys.Door, Fingerprint: print}, nil
 	}
-	return keys.Identity{User: "raid", Role: keys.Door, Fingerprint: print}, nil
+	return t.Authorize(ctx, key, from)
+}
+
+// isRaid is [door.Config.IsRaid]: other raids come to the one that leads.
+func (r *Raid) isRaid(ctx context.Context, key ssh.PublicKey) bool {
+	t, _, _ := r.now()
+	return t != nil && r.raids.find(ctx, key)
 }

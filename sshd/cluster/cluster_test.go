@@ -70,8 +70,8 @@ func (tn *town) build() *house {
 		tn.t.Fatal(err)
 	}
 	h.addr = l.Addr().String()
-	h.raid, err = New(Config{HostKeys: []ssh.Signer{tn.host}, Own: h.own, Addr: h.addr, Redis: redis,
-		Lead: h.lead, Forget: func() error { return nil }, Others: func([]string) {}, Logf: h.logf})
+	h.raid, err = New(Config{HostKeys: []ssh.Signer{tn.host}, Own: h.own, Addr: h.addr, Version: h.name, Redis: redis,
+		Lead: h.lead, Forget: func() error { return nil }, Others: func([]store.Member) {}, Logf: h.logf})
 	if err != nil {
 		tn.t.Fatal(err)
 	}
@@ -263,6 +263,19 @@ func TestOneLeads(t *testing.T) {
 	}
 	if second := tn.leader(rest...); second == first {
 		t.Error("a raid that has stopped leads")
+	}
+}
+
+// Raids tell each other what they run.
+func TestVersions(t *testing.T) {
+	tn := newTown(t, 2)
+	tn.leader()
+	for i, h := range tn.raids {
+		other := tn.raids[1-i]
+		all, err := h.raid.meet(t.Context())
+		if err != nil || len(all) != 1 || all[0].Addr != other.addr || all[0].Version != other.name {
+			t.Errorf("%s knows %+v, %v, want only %s, which runs that", h.name, all, err, other.name)
+		}
 	}
 }
 

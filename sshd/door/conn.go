@@ -61,6 +61,7 @@ func newConn(s *Server, nc net.Conn) *conn {
 		ctx:       c.ctx,
 		from:      c.from,
 		authorize: s.cfg.Authorize,
+		isRaid:    s.cfg.IsRaid,
 		logf:      s.cfg.Logf,
 		admitted:  c.admitted,
 	}
@@ -202,7 +203,8 @@ func (c *conn) session(peer *ssh.ServerConn, nc ssh.NewChannel) {
 	newSession(c, p.who, ch).run(requests)
 }
 
-// lookUp finds out who a key that was proved belongs to, now.
+// lookUp finds out who a key that was proved belongs to, now. Others wait for the answer
+// (see Config.IsRaid).
 func (c *conn) lookUp(key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
 	l := login{ctx: c.ctx, from: from, authorize: c.srv.cfg.Authorize, logf: c.srv.cfg.Logf,
 		last: ssh.FingerprintSHA256(plain(key))}

@@ -114,6 +114,12 @@ type Config struct {
 	// connection. Fingerprint is filled in when it is left empty.
 	Authorize func(ctx context.Context, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error)
 
+	// IsRaid says whether a key that Authorize takes for nobody's is another raid's of the
+	// deployment, which then has the role keys.Door. It may ask somebody and wait a while,
+	// as long as ctx lasts, and is therefore only asked about whoever logs in here itself:
+	// what comes over a Link is answered one by one, and never waits for it. Defaults to no.
+	IsRaid func(ctx context.Context, key ssh.PublicKey) bool
+
 	// Route says where the next session of a client is to be handled: by the raid at
 	// the other end of a Link, or, if that is nil, by Handle. It may wait a while for
 	// the answer, not longer than ctx lasts. With it, Authorize is asked again before each

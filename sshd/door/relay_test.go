@@ -5,6 +5,7 @@ import (
 	"context"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -92,5 +93,36 @@ func TestOnlyDoorsCarry(t *testing.T) {
 	}
 	if ok, err := s.SendRequest(leftRequest, true, []byte("left")); ok || err != nil {
 		t.Errorf("a student may say why somebody left: %v, %v", ok, err)
+	}
+}
+
+// TestNoWaitOnTheLink: whether a stranger is another raid may take long to find out. Only
+// those who log in here wait for it; through a link strangers are answered at once.
+func TestNoWaitOnTheLink(t *testing.T) {
+	own, raid := newKey(t), newKey(t)
+	cfg := Config{HostKeys: []ssh.Signer{newKey(t)}, Handle: func(context.Context, *Session) int { return 0 }}
+	cfg.Authorize = func(context.Context, ssh.PublicKey, netip.AddrPort) (keys.Identity, error) {
+		return keys.Identity{Role: keys.Guest}, nil
+	}
+	cfg.IsRaid = func(ctx context.Context, key ssh.PublicKey) bool {
+		if bytes.Equal(key.Marshal(), own.PublicKey().Marshal()) {
+			return true
+		}
+		<-ctx.Done()
+		return false
+	}
+	h := build(t, cfg)
+	h.listen(t)
+	link, err := Dial(t.Context(), h.addr, own, cfg.HostKeys[0].PublicKey())
+	if err != nil {
+		t.Fatalf("a raid that IsRaid knows: %v", err)
+	}
+	defer link.Close()
+	late := time.AfterFunc(time.Minute, func() { link.Close() })
+	defer late.Stop()
+	for range 5 {
+		if who, err := link.Who(raid.PublicKey(), netip.AddrPort{}); err != nil || who.Role != keys.Guest {
+			t.Fatalf("Who of a stranger = %+v, %v, want a guest", who, err)
+		}
 	}
 }

@@ -7,8 +7,9 @@
 //
 //   - The files of a job that ended longer ago than Config.Files go, and its record
 //     longer ago than Config.Records, files and all.
-//   - While the disk has less free than the reserve and a margin, the files of the oldest
-//     finished jobs go first. Those of the last hour stay.
+//   - While the disk has less free than the reserve and a margin, files of finished jobs go
+//     sooner: the oldest of whichever team, or user without one, holds the most. Those of
+//     the last hour stay.
 //   - Blobs and output that no job refers to go. They come of submits that failed, and of
 //     a raid that died between two steps. But blobs that are older than the database stay:
 //     they may lie where they outlive it, and one that was lost knew whose they are.
@@ -223,7 +224,7 @@ func (j *Janitor) margin(total int64) int64 {
 	return min(j.Upload, total/20)
 }
 
-// floor is how little may be free before the oldest files go.
+// floor is how little may be free before files go sooner.
 func (j *Janitor) floor(total int64) int64 { return j.Blobs.Reserve(total) + j.margin(total) }
 
 // Arrive says that a blob is coming which a job will refer to: one that is about to be

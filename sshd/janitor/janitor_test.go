@@ -2,6 +2,7 @@ package janitor
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,8 @@ type world struct {
 	free  func() (int64, int64, error)                   // nil: the disk's
 	files time.Duration
 	recs  time.Duration
+	user  string // who submits; "": ada
+	team  string // of whoever that is
 
 	*Janitor
 	stop func()
@@ -119,7 +122,7 @@ func (w *world) accept(source string, done func()) func() int64 {
 	return func() int64 {
 		defer done()
 		reply, err := b.Do(context.Background(), queue.Submit{Record: job.Record{Source: source,
-			Job: job.Job{User: "ada", Pool: "p", Kind: "run"}, Spec: job.Spec{Steps: []string{"true"}, Limits: job.Limits{Time: time.Hour}}}})
+			Job: job.Job{User: cmp.Or(w.user, "ada"), Team: w.team, Pool: "p", Kind: "run"}, Spec: job.Spec{Steps: []string{"true"}, Limits: job.Limits{Time: time.Hour}}}})
 		if err != nil {
 			return 0 // as if it had never come, or nobody knows
 		}

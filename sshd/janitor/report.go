@@ -19,10 +19,10 @@ type Report struct {
 	Free      int64    `json:"free"`
 	Total     int64    `json:"total"`
 	Reserve   int64    `json:"reserve"`   // uploads leave it free
-	Margin    int64    `json:"margin"`    // beyond it: with less free the oldest files go
+	Margin    int64    `json:"margin"`    // beyond it: with less free files go sooner
 	PerDay    int64    `json:"per_day"`   // bytes of what is kept, by when it came: one day's
 	OverDays  int      `json:"over_days"` // how many days that was measured over
-	DaysLeft  *int     `json:"days_left"` // until the oldest files go for room; nil: never, or not in ten years
+	DaysLeft  *int     `json:"days_left"` // until files go for room; nil: never, or not in ten years
 
 	Expired   int   `json:"expired"`   // jobs whose files this sweep removed
 	Forgotten int   `json:"forgotten"` // jobs whose record it removed

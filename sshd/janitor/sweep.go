@@ -357,62 +357,6 @@ func (s *sweep) removeOutput(id, size int64) error {
 	return nil
 }
 
-// trim removes files of the oldest finished jobs while there is little room. It makes a
-// margin more than is needed, so that not every upload brings it back.
-func (s *sweep) trim(ctx context.Context) error {
-	free, total, err := s.Free()
-	if err != nil || free >= s.floor(total) {
-		return err
-	}
-	want := s.floor(total) + s.margin(total)
-	limit := s.now.Add(-newest)
-	err = s.walk(ctx, s.low, func(recs []job.Record) (bool, error) {
-		last := recs[len(recs)-1].QueuedAt
-		for len(recs) > 0 && free < want {
-			var some []job.Record
-			some, recs = s.enough(recs, limit, want-free)
-			if err := s.clear(ctx, some); err != nil {
-				return false, err
-			}
-			if free, _, err = s.Free(); err != nil {
-				return false, err
-			}
-		}
-		return free < want && last.Before(limit), nil
-	})
-	s.short = free < s.floor(total)
-	return err
-}
-
-// enough takes from the front of recs what has files, until it weighs what is needed.
-func (s *sweep) enough(recs []job.Record, limit time.Time, need int64) (some, rest []job.Record) {
-	taken := map[digest]int32{} // references
-	for i := range recs {
-		rec := &recs[i]
-		if !rec.Expired.IsZero() || !rec.FinishedAt.Before(limit) {
-			continue
-		}
-		if s.Blobs.Shared() && s.jobs[rec.ID].size == 0 {
-			continue // nothing of it is on this disk
-		}
-		some = append(some, *rec)
-		need -= s.jobs[rec.ID].size
-		if s.Blobs.Shared() {
-			continue
-		}
-		for _, key := range []string{rec.Source, rec.Archive} {
-			d, ok := digestOf(key)
-			if taken[d]++; ok && taken[d] == s.blobs[d].n {
-				need -= s.blobs[d].size
-			}
-		}
-		if need <= 0 {
-			return some, recs[i+1:]
-		}
-	}
-	return some, nil
-}
-
 // clear removes the files of finished jobs: the records say so first. Output that is kept
 // elsewhere goes from this disk only, which nobody notices but by the time it takes.
 func (s *sweep) clear(ctx context.Context, recs []job.Record) error {

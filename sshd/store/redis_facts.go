@@ -26,7 +26,8 @@ type RedisFacts struct {
 	MaxMemory int64         // bytes; 0 for no bound
 	Replicas  int           // connected ones
 	Latency   time.Duration // of a PING, the median of some
-	Hidden    []string      // what may not be asked: "INFO", "CONFIG"
+	Forgets   bool          // what was committed is lost when it starts again: see askDefault
+	Hidden    []string      // what may not be asked: "INFO", "CONFIG", "ACL DRYRUN"
 }
 
 // ExamineRedis asks a Redis for its facts. It writes nothing there. ctx bounds it.
@@ -62,6 +63,9 @@ func examine(ctx context.Context, c redis.UniversalClient, space keyspace) (f Re
 		return f, err
 	}
 	if err := f.askConfig(ctx, one); err != nil {
+		return f, err
+	}
+	if err := f.askDefault(ctx, one, space); err != nil {
 		return f, err
 	}
 	// It is an unknown command before 7.2, and asks for nothing here.
@@ -125,8 +129,22 @@ func (f *RedisFacts) askConfig(ctx context.Context, c redis.UniversalClient) err
 	return nil
 }
 
+// askDefault asks what the user default may do. As that user, even when nobody can log in
+// as it, Redis and Valkey read their file when they start, and what it may not do they leave
+// out of each transaction: redis/redis#14541, valkey-io/valkey#3983. Commits are transactions.
+func (f *RedisFacts) askDefault(ctx context.Context, c redis.UniversalClient, space keyspace) error {
+	said, err := c.Do(ctx, "ACL", "DRYRUN", "default", "HSET", space.meta(), "field", "value").Text()
+	if err != nil {
+		return f.mayNot("ACL DRYRUN", err)
+	}
+	f.Forgets = said != "OK"
+	return nil
+}
+
+func (f *RedisFacts) hides(what string) bool { return slices.Contains(f.Hidden, what) }
+
 // known reports whether it could be asked whether writes are appended to a file.
-func (f *RedisFacts) known() bool { return len(f.Hidden) < 2 }
+func (f *RedisFacts) known() bool { return !f.hides("INFO") || !f.hides("CONFIG") }
 
 // waits reports whether commits wait for the disk by themselves.
 func (f *RedisFacts) waits() bool {
@@ -162,12 +180,13 @@ func (f *RedisFacts) judge(durability string) (errs, warnings []error) {
 	}
 	should := func(format string, args ...any) { warnings = append(warnings, fmt.Errorf(format, args...)) }
 	const unless = "; or say durability=none in its URL"
+	hidden := f.hides("INFO") || f.hides("CONFIG")
 	switch {
 	case f.known() && !f.AOF:
 		must("what it took is lost when it ends, for appendonly is off: CONFIG SET appendonly yes, and in redis.conf" + unless)
-	case len(f.Hidden) > 0 && durability == durableAlways && f.Fsync == "":
+	case hidden && durability == durableAlways && f.Fsync == "":
 		must("it may not be asked how durable it is, and durability=always wants to know: let the user run INFO and CONFIG GET" + unless)
-	case len(f.Hidden) > 0:
+	case hidden:
 		should("not all could be asked about how durable it is, for the user may not run %s", strings.Join(f.Hidden, " and "))
 	case f.Fsync == "always" || f.waits():
 	case durability == durableAlways:
@@ -176,6 +195,13 @@ func (f *RedisFacts) judge(durability string) (errs, warnings []error) {
 		should("a power cut loses half a minute or more, for appendfsync is no: CONFIG SET appendfsync always")
 	default:
 		should("a power cut loses a second or two, for appendfsync is %s: CONFIG SET appendfsync always", f.Fsync)
+	}
+	const allow = "`user default off ~* &* +@all` in its ACL; nobody can log in as it then, either"
+	switch {
+	case f.Forgets && (f.AOF || !f.known()):
+		should("jobs are lost when it starts again, for it reads its file as the user default, who may not write: say " + allow)
+	case f.AOF && !hidden && f.hides("ACL DRYRUN"):
+		should("it may not be asked whether it finds the jobs again when it starts, which the user default must be allowed: let the user run +acl|dryrun, or see that default is on, or " + allow)
 	}
 	switch {
 	case strings.HasPrefix(f.Eviction, "allkeys"):

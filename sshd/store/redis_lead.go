@@ -27,9 +27,10 @@ var ErrNoMember = errors.New("store: nobody is there")
 
 // A Member is one raid of a deployment, as it says of itself.
 type Member struct {
-	ID   string `json:"id"`   // of the process: never used twice
-	Addr string `json:"addr"` // where the others reach it, host:port
-	Key  string `json:"key"`  // its public key, as a line of authorized_keys
+	ID      string `json:"id"`                // of the process: never used twice
+	Addr    string `json:"addr"`              // where the others reach it, host:port
+	Key     string `json:"key"`               // its public key, as a line of authorized_keys
+	Version string `json:"version,omitempty"` // what it runs, for people; "" from one that does not say
 }
 
 // A Lease is the right to lead, renewed every second until it is resigned or lost.

@@ -257,7 +257,7 @@ func (e *Engine) furnish(ctx context.Context) (err error) {
 		return err
 	}
 	var unmapped error
-	e.root, unmapped = mappedRoot(&e.info)
+	e.root, unmapped = MappedRoot(e.info.SecurityOptions, e.info.DockerRootDir)
 	e.apart = cmp.Or(e.apart, unmapped)
 	if noImages == nil {
 		noImages = e.apart
@@ -316,16 +316,17 @@ func resolvers() string {
 	return lines.String()
 }
 
-// mappedRoot returns who a box's root is on this machine: root, but for an engine that
-// maps users (userns-remap), whose folder is called after the first of them.
-func mappedRoot(info *system.Info) (int, error) {
-	if !slices.Contains(info.SecurityOptions, "name=userns") {
+// MappedRoot returns who a box's root is on this machine, by what an engine says of its
+// security options and its folder: root, but for one that maps users (userns-remap), whose
+// folder is called after the first of them. The error is that it does not tell whom.
+func MappedRoot(options []string, folder string) (int, error) {
+	if !slices.Contains(options, "name=userns") {
 		return 0, nil
 	}
-	uid, gid, _ := strings.Cut(filepath.Base(info.DockerRootDir), ".")
+	uid, gid, _ := strings.Cut(filepath.Base(folder), ".")
 	n, err := strconv.Atoi(uid)
 	if err != nil || gid != uid {
-		return 0, fmt.Errorf("the engine maps users, and its folder %s does not tell to whom", info.DockerRootDir)
+		return 0, fmt.Errorf("the engine maps users, and its folder %s does not tell to whom", folder)
 	}
 	return n, nil
 }

@@ -1,10 +1,6 @@
 package docker
 
-import (
-	"testing"
-
-	"github.com/docker/docker/api/types/system"
-)
+import "testing"
 
 func TestMappedRoot(t *testing.T) {
 	userns := []string{"name=seccomp,profile=default", "name=userns"}
@@ -19,9 +15,9 @@ func TestMappedRoot(t *testing.T) {
 		{userns, "/var/lib/docker/100000.231072", 0, false}, // one number is all that disks have
 		{userns, "/var/lib/docker", 0, false},
 	} {
-		got, err := mappedRoot(&system.Info{SecurityOptions: c.options, DockerRootDir: c.folder})
+		got, err := MappedRoot(c.options, c.folder)
 		if got != c.want || (err == nil) != c.ok {
-			t.Errorf("mappedRoot(%q, %s) = %d, %v, want %d", c.options, c.folder, got, err, c.want)
+			t.Errorf("MappedRoot(%q, %s) = %d, %v, want %d", c.options, c.folder, got, err, c.want)
 		}
 	}
 }
