@@ -289,6 +289,10 @@ func (f *follower) changed(was stage, rec *job.Record) {
 
 // print copies output until the feed ends.
 func (f *follower) print(ctx context.Context, feed *stream.Follower) error {
+	show := f.chunk
+	if f.jsonOut() {
+		show = f.chunkEvent
+	}
 	for {
 		c, err := feed.Next(ctx)
 		if err == io.EOF {
@@ -297,16 +301,13 @@ func (f *follower) print(ctx context.Context, feed *stream.Follower) error {
 		if err != nil {
 			return f.gone(ctx, f.id, err)
 		}
-		if err := f.chunk(c); err != nil {
+		if err := show(c); err != nil {
 			return err
 		}
 	}
 }
 
 func (f *follower) chunk(c stream.Chunk) (err error) {
-	if f.jsonOut() {
-		return f.chunkEvent(c)
-	}
 	switch c.Kind {
 	case job.Out:
 		_, err = f.Write(c.Data)
