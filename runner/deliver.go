@@ -184,7 +184,7 @@ type logSender func(ctx context.Context, w io.Writer, from int64) (begun bool, e
 // A bell in bulk rings once for all that came within ringEvery.
 const (
 	ringBulk  = 32 << 10
-	ringEvery = time.Millisecond
+	ringEvery = 2 * time.Millisecond
 )
 
 // ring tells a raid that shares the log's files how long it is.

@@ -186,7 +186,7 @@ func (s *Server) keepLog(ctx context.Context, id int64) error {
 	if rec.Log, rec.LogBytes, err = s.packLog(ctx, id); err != nil {
 		return err
 	}
-	return s.brain.Rewrite(ctx, []job.Record{rec})
+	return s.brain.Rewrite(ctx, []job.Record{*rec})
 }
 
 // linkTime is how long a link works.

@@ -155,7 +155,7 @@ func (c *call) kept(ctx context.Context, id int64) error {
 	case err != nil:
 		return err
 	}
-	return expired(&rec)
+	return expired(rec)
 }
 
 // gone explains why a file could not be read: perhaps it has just been removed.

@@ -38,7 +38,7 @@ func TestOutputRemovedWhileRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	rec.Expired = job.At(rec.FinishedAt.Add(30 * 24 * time.Hour))
-	if err := s.brain.Rewrite(t.Context(), []job.Record{rec}); err != nil {
+	if err := s.brain.Rewrite(t.Context(), []job.Record{*rec}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.janitor.Sweep(t.Context()); err != nil {

@@ -62,7 +62,8 @@ func runAttach(ctx context.Context, c *call) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return (&follower{call: c, id: rec.ID, status: true}).run(ctx)
+	f := &follower{call: c, id: rec.ID, status: true}
+	return f.run(ctx)
 }
 
 func logsFlags(f *pflag.FlagSet) {
@@ -83,7 +84,7 @@ func runLogs(ctx context.Context, c *call) (int, error) {
 	if !c.on("follow") {
 		open = c.s.spools.Replay
 	}
-	feed, err := c.feed(ctx, &rec, open)
+	feed, err := c.feed(ctx, rec, open)
 	if err != nil {
 		return 0, err
 	}
@@ -140,12 +141,13 @@ func (f *follower) run(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, f.leave(ctx, err)
 	}
-	feed, err := f.feed(ctx, &rec, f.s.spools.Follow)
+	feed, err := f.feed(ctx, rec, f.s.spools.Follow)
 	if err != nil {
 		return 0, f.leave(ctx, err)
 	}
 	defer feed.Close()
-	wg.Go(func() { f.watch(watching, rec) })
+	now := stage{rec.State, rec.Attempt}
+	wg.Go(func() { f.watch(watching, now) })
 	if err := f.print(ctx, feed); err != nil {
 		return 0, f.leave(ctx, err)
 	}
@@ -155,18 +157,18 @@ func (f *follower) run(ctx context.Context) (int, error) {
 }
 
 // await says where a queued job stands until it is not queued any more.
-func (f *follower) await(ctx context.Context) (job.Record, error) {
+func (f *follower) await(ctx context.Context) (*job.Record, error) {
 	var last standing
 	for {
 		bell, moved := f.s.brain.Bell(f.id), f.s.brain.Moved()
 		rec, err := f.s.brain.Job(ctx, f.id)
 		if err != nil || rec.State != job.Queued {
 			if err == nil && !rec.State.Final() {
-				f.started(&rec)
+				f.started(rec)
 			}
 			return rec, err
 		}
-		if err := f.position(ctx, &rec, &last); err != nil {
+		if err := f.position(ctx, rec, &last); err != nil {
 			return rec, err
 		}
 		if err := f.pause(ctx, bell, moved); err != nil {
@@ -241,17 +243,23 @@ func (f *follower) started(rec *job.Record) {
 	}
 }
 
+// A stage is what a follower knows of a job that runs.
+type stage struct {
+	State   job.State
+	Attempt int
+}
+
 // watch says when a running job changes hands, until ctx ends.
-func (f *follower) watch(ctx context.Context, was job.Record) {
+func (f *follower) watch(ctx context.Context, was stage) {
 	for !was.State.Final() {
 		bell := f.s.brain.Bell(f.id)
 		rec, err := f.s.brain.Job(ctx, f.id)
 		if err != nil {
 			return
 		}
-		if rec.State != was.State || rec.Attempt != was.Attempt {
-			f.changed(&was, &rec)
-			was = rec
+		if now := (stage{rec.State, rec.Attempt}); now != was {
+			f.changed(was, rec)
+			was = now
 			continue
 		}
 		select {
@@ -262,7 +270,7 @@ func (f *follower) watch(ctx context.Context, was job.Record) {
 	}
 }
 
-func (f *follower) changed(was, rec *job.Record) {
+func (f *follower) changed(was stage, rec *job.Record) {
 	switch {
 	case f.jsonOut():
 	case rec.State == job.Queued:
@@ -281,6 +289,10 @@ func (f *follower) changed(was, rec *job.Record) {
 
 // print copies output until the feed ends.
 func (f *follower) print(ctx context.Context, feed *stream.Follower) error {
+	show := f.chunk
+	if f.jsonOut() {
+		show = f.chunkEvent
+	}
 	for {
 		c, err := feed.Next(ctx)
 		if err == io.EOF {
@@ -289,16 +301,13 @@ func (f *follower) print(ctx context.Context, feed *stream.Follower) error {
 		if err != nil {
 			return f.gone(ctx, f.id, err)
 		}
-		if err := f.chunk(c); err != nil {
+		if err := show(c); err != nil {
 			return err
 		}
 	}
 }
 
 func (f *follower) chunk(c stream.Chunk) (err error) {
-	if f.jsonOut() {
-		return f.chunkEvent(c)
-	}
 	switch c.Kind {
 	case job.Out:
 		_, err = f.Write(c.Data)
@@ -389,15 +398,15 @@ func (f *follower) finish(ctx context.Context) (int, error) {
 		f.say("/build is kept: ssh … output %d | tar xf -", rec.ID)
 	}
 	if !rec.StartedAt.IsZero() {
-		f.say("%s", timing(&rec))
+		f.say("%s", timing(rec))
 	}
-	f.say("job %d %s", rec.ID, verdict(&rec))
+	f.say("job %d %s", rec.ID, verdict(rec))
 	return *rec.Exit, nil
 }
 
 // ended waits for the commit of the result: the output may be complete a moment
 // before it.
-func (f *follower) ended(ctx context.Context) (job.Record, error) {
+func (f *follower) ended(ctx context.Context) (*job.Record, error) {
 	for {
 		bell := f.s.brain.Bell(f.id)
 		rec, err := f.s.brain.Job(ctx, f.id)
@@ -441,8 +450,7 @@ func (f *follower) obeyKeys(ctx context.Context) (context.Context, func()) {
 				cancel(errKeys)
 				return
 			}
-			rec := job.Record{Job: job.Job{ID: f.id}}
-			if err := f.cancel(ctx, &rec); err != nil {
+			if _, err := f.cancel(ctx, f.id); err != nil {
 				f.s.Log.Error("cancel", "job", f.id, "err", err)
 			}
 		}
@@ -462,8 +470,7 @@ func (f *follower) leave(ctx context.Context, err error) error {
 	case f.owner && (errors.Is(cause, door.ErrLeft) || errors.Is(cause, errKeys)):
 		detached, stop := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer stop()
-		rec := job.Record{Job: job.Job{ID: f.id}}
-		if err := f.cancel(detached, &rec); err != nil && !errors.Is(err, queue.ErrNoJob) {
+		if _, err := f.cancel(detached, f.id); err != nil && !errors.Is(err, queue.ErrNoJob) {
 			f.s.Log.Error("cancel", "job", f.id, "err", err)
 		}
 		return failf(job.ExitCancelled, "", "job %d is cancelled", f.id)

@@ -28,17 +28,17 @@ func (c *call) mine(rec *job.Record) bool {
 
 // job returns the job a word names. Another team's job answers exactly as a number
 // that does not exist.
-func (c *call) job(ctx context.Context, word string) (job.Record, error) {
+func (c *call) job(ctx context.Context, word string) (*job.Record, error) {
 	id, err := strconv.ParseInt(word, 10, 64)
 	if err != nil {
-		return job.Record{}, failf(job.ExitInput, "", "no job %s", quote(word))
+		return nil, failf(job.ExitInput, "", "no job %s", quote(word))
 	}
 	rec, err := c.s.brain.Job(ctx, id)
-	if err == nil && !c.mine(&rec) {
+	if err == nil && !c.mine(rec) {
 		err = queue.ErrNoJob
 	}
 	if errors.Is(err, queue.ErrNoJob) {
-		return job.Record{}, noJob(id)
+		return nil, noJob(id)
 	}
 	return rec, err
 }
@@ -141,7 +141,7 @@ func runStatus(ctx context.Context, c *call) (int, error) {
 		if c.json() {
 			return 0, c.emit(rec.Job)
 		}
-		return 0, c.describeJob(&rec)
+		return 0, c.describeJob(rec)
 	}
 	all, err := c.recent(ctx, "", 50)
 	if err != nil {
@@ -360,10 +360,10 @@ func runCancel(ctx context.Context, c *call) (int, error) {
 	}
 	for _, word := range c.args {
 		rec, err := c.job(ctx, word)
-		if err != nil {
-			return 0, err
+		if err == nil {
+			rec, err = c.cancel(ctx, rec.ID)
 		}
-		if err := c.cancel(ctx, &rec); err != nil {
+		if err != nil {
 			return 0, err
 		}
 		if c.json() {
@@ -386,17 +386,16 @@ func cancelWord(j *job.Job) string {
 	return fmt.Sprintf("job %d is %s", j.ID, stateWord(j))
 }
 
-// cancel ends a job; one that has ended is left as it is. rec is what came of it.
-func (c *call) cancel(ctx context.Context, rec *job.Record) error {
-	reply, err := c.s.brain.Do(ctx, queue.Cancel{Job: rec.ID, By: c.Who.User})
+// cancel ends a job, and returns what came of it; one that has ended is left as it is.
+func (c *call) cancel(ctx context.Context, id int64) (*job.Record, error) {
+	reply, err := c.s.brain.Do(ctx, queue.Cancel{Job: id, By: c.Who.User})
 	if errors.Is(err, queue.ErrNoJob) {
-		*rec, err = c.s.brain.Job(ctx, rec.ID)
-		return err
+		return c.s.brain.Job(ctx, id)
 	}
-	if err == nil {
-		*rec = *reply.(*job.Record)
+	if err != nil {
+		return nil, err
 	}
-	return err
+	return reply.(*job.Record), nil
 }
 
 func runOutput(ctx context.Context, c *call) (int, error) {
@@ -408,15 +407,15 @@ func runOutput(ctx context.Context, c *call) (int, error) {
 		return 0, failf(job.ExitUsage, fmt.Sprintf("try: ssh … output %d > build.tar", rec.ID), "a terminal cannot take a tar")
 	}
 	if rec.Archive == "" {
-		return 0, failf(job.ExitInput, "", "%s", noArchive(&rec))
+		return 0, failf(job.ExitInput, "", "%s", noArchive(rec))
 	}
 	if c.on("link") {
 		if len(c.args) > 1 {
 			return 0, failf(job.ExitUsage, "a link gives all of it", "output: --link and a path do not go together")
 		}
-		return 0, c.link(ctx, &rec, rec.Archive, "build")
+		return 0, c.link(ctx, rec, rec.Archive, "build")
 	}
-	f, err := c.blob(ctx, &rec, rec.Archive)
+	f, err := c.blob(ctx, rec, rec.Archive)
 	if err != nil {
 		return 0, err
 	}
@@ -455,9 +454,9 @@ func runSource(ctx context.Context, c *call) (int, error) {
 		return 0, failf(job.ExitInput, "", "job %d was submitted without files", rec.ID)
 	}
 	if c.on("link") {
-		return 0, c.link(ctx, &rec, rec.Source, "source")
+		return 0, c.link(ctx, rec, rec.Source, "source")
 	}
-	f, err := c.blob(ctx, &rec, rec.Source)
+	f, err := c.blob(ctx, rec, rec.Source)
 	if err != nil {
 		return 0, err
 	}

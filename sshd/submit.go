@@ -39,22 +39,31 @@ func rerunFlags(f *pflag.FlagSet) {
 
 // runSubmit takes an upload, queues a job and follows it.
 func runSubmit(ctx context.Context, c *call) (int, error) {
+	f, err := c.submit(ctx)
+	if err != nil || f == nil {
+		return 0, err
+	}
+	return f.run(ctx) // perhaps for hours: what it took to submit is let go
+}
+
+// submit takes in an upload and queues it. The follower is nil if nobody stays.
+func (c *call) submit(ctx context.Context) (*follower, error) {
 	rec := job.Record{Job: job.Job{User: c.Who.User, Team: c.Who.Team, Kind: c.flag("as"), Name: c.flag("name")}}
 	if err := c.checkWords(&rec); err != nil {
-		return 0, err
+		return nil, err
 	}
 	up, err := c.receive(ctx)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	received := time.Now()
 	defer up.discard() // unless it is committed
 	build, err := c.buildFile(up)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	if err := c.specify(ctx, &rec, build); err != nil {
-		return 0, err
+		return nil, err
 	}
 	store := func() (err error) {
 		rec.Source, err = up.commit(ctx)
@@ -67,25 +76,34 @@ func runSubmit(ctx context.Context, c *call) (int, error) {
 // runRerun queues an old upload again, with what it asked for then, as far as the
 // caller may have it today.
 func runRerun(ctx context.Context, c *call) (int, error) {
+	f, err := c.rerun(ctx)
+	if err != nil || f == nil {
+		return 0, err
+	}
+	return f.run(ctx)
+}
+
+// rerun is submit with what an old job had.
+func (c *call) rerun(ctx context.Context) (*follower, error) {
 	old, err := c.job(ctx, c.args[0])
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	rec := job.Record{Job: job.Job{User: c.Who.User, Team: c.Who.Team, Pool: old.Pool, Kind: old.Kind,
 		Name: old.Name, Image: old.Image, SourceSHA256: old.SourceSHA256}, Source: old.Source, Spec: old.Spec}
 	lim := c.s.limits(c.Who.Role)
 	if rec.Spec.Network && !lim.Network {
-		return 0, failf(job.ExitRefused, "submit it anew with network: false, or ask staff", "your role may not use the network")
+		return nil, failf(job.ExitRefused, "submit it anew with network: false, or ask staff", "your role may not use the network")
 	}
 	if err := c.rebuildImage(&rec, lim); err != nil {
-		return 0, err
+		return nil, err
 	}
 	rec.Spec.Limits = rec.Spec.Limits.Within(lim.Limits)
 	c.apply(&rec)
 	if err := c.fits(ctx, &rec); err != nil {
-		return 0, err
+		return nil, err
 	}
-	return c.enqueue(ctx, &rec, func() error { return c.renew(ctx, &old) }, &receipt{at: time.Now(), rerun: true})
+	return c.enqueue(ctx, &rec, func() error { return c.renew(ctx, old) }, &receipt{at: time.Now(), rerun: true})
 }
 
 // renew keeps the upload of a finished job for another one.
@@ -143,10 +161,11 @@ func (c *call) accept(ctx context.Context, rec *job.Record, store func() error) 
 	return nil
 }
 
-// enqueue makes the job and its upload durable, says so, and follows it.
-func (c *call) enqueue(ctx context.Context, rec *job.Record, store func() error, r *receipt) (int, error) {
+// enqueue makes the job and its upload durable, says so, and returns who follows it, nil
+// for --detach.
+func (c *call) enqueue(ctx context.Context, rec *job.Record, store func() error, r *receipt) (*follower, error) {
 	if err := c.accept(ctx, rec, store); err != nil {
-		return 0, err
+		return nil, err
 	}
 	c.say("job %d queued as %s in %s", rec.ID, rec.Kind, rec.Pool)
 	c.say("received %s%s", job.At(r.at), r.size())
@@ -155,14 +174,14 @@ func (c *call) enqueue(ctx context.Context, rec *job.Record, store func() error,
 	}
 	if c.on("detach") {
 		if c.json() {
-			return 0, c.emit(event{Event: "queued", Job: rec.ID, T: job.At(r.at), SHA256: rec.SourceSHA256, Kind: rec.Kind})
+			return nil, c.emit(event{Event: "queued", Job: rec.ID, T: job.At(r.at), SHA256: rec.SourceSHA256, Kind: rec.Kind})
 		}
 		_, err := fmt.Fprintln(c, rec.ID)
-		return 0, err
+		return nil, err
 	}
 	f := &follower{call: c, id: rec.ID, owner: true, status: true}
 	f.event(event{Event: "queued", T: job.At(r.at), SHA256: rec.SourceSHA256, Kind: rec.Kind})
-	return f.run(ctx)
+	return f, nil
 }
 
 // capped says which cap keeps a job from being queued.

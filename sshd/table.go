@@ -160,10 +160,9 @@ func (s *Server) serve(ctx context.Context, d *door.Session) (int, error) {
 	if len(words) == 0 {
 		return runGreeting(ctx, &call{Session: d, s: s})
 	}
-	all := table()
-	for i := range all {
-		if c := &all[i]; c.name == words[0] {
-			return s.start(ctx, d, c, words[1:], tail)
+	for _, c := range table() {
+		if c.name == words[0] { // c is a copy: the session keeps one command, not the table
+			return s.start(ctx, d, &c, words[1:], tail)
 		}
 	}
 	return 0, failf(job.ExitUsage, "the commands are listed by: ssh … help", "no command %s", quote(words[0]))

@@ -30,7 +30,7 @@ func runWhy(ctx context.Context, c *call) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	why, err := c.s.reason(ctx, &rec)
+	why, err := c.s.reason(ctx, rec)
 	if err != nil {
 		return 0, err
 	}

@@ -398,8 +398,8 @@ func TestFirstByteComesAtOnce(t *testing.T) {
 func TestFlood(t *testing.T) {
 	const total = 32 << 20
 	r := run(t, job.Spec{Steps: []string{fmt.Sprintf("head -c %d /dev/zero", total)}})
-	if len(r.out) != total || r.largest > 64<<10 {
-		t.Errorf("%d bytes in frames of up to %d, want %d in at most %d", len(r.out), r.largest, total, 64<<10)
+	if len(r.out) != total || r.largest > outFrame {
+		t.Errorf("%d bytes in frames of up to %d, want %d in at most %d", len(r.out), r.largest, total, outFrame)
 	}
 }
 

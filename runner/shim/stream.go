@@ -14,8 +14,11 @@ import (
 )
 
 const (
-	// outFrame is the most one frame of output carries: what a pipe holds by default.
-	outFrame = 64 << 10
+	// outFrame is the most one frame of output carries. With its header it is half of
+	// what the runner reads at once, so a loud job's frames never straddle two reads.
+	outFrame = 128<<10 - job.HeaderLen
+	// outPipe is what the pipe of a step holds: it fills one frame while another is sent.
+	outPipe = 256 << 10
 	// ttyFrame is the same of a terminal: N_TTY_BUF_SIZE.
 	ttyFrame = 4 << 10
 	// maxPipe is the most that a pipe can hold without privilege: fs.pipe-max-size.
@@ -44,6 +47,7 @@ func newPipe(k job.Kind, w *wire) (*stream, error) {
 	if err := unix.SetNonblock(p[0], true); err != nil {
 		return nil, fmt.Errorf("open a pipe: %w", err)
 	}
+	unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, outPipe) // refused to a user with many pipes: then it is slower
 	return newStream(k, w, p[0], p[1], outFrame), nil
 }
 

@@ -142,14 +142,14 @@ func (b *Brain) send(ctx context.Context, r *request) (any, error) {
 }
 
 // Job returns a job, finished or not, as it was committed; queue.ErrNoJob if there
-// is none.
-func (b *Brain) Job(ctx context.Context, id int64) (job.Record, error) {
-	if rec, ok := b.Live(id); ok {
+// is none. The record is the caller's own.
+func (b *Brain) Job(ctx context.Context, id int64) (*job.Record, error) {
+	if rec := b.unfinished(id); rec != nil {
 		return rec, nil
 	}
 	rec, err := b.past(ctx, id)
 	if errors.Is(err, queue.ErrNoJob) {
-		if rec, ok := b.Live(id); ok { // it finished between the two looks, or was retried
+		if rec := b.unfinished(id); rec != nil { // it finished between the two looks, or was retried
 			return rec, nil
 		}
 	}
@@ -157,15 +157,31 @@ func (b *Brain) Job(ctx context.Context, id int64) (job.Record, error) {
 }
 
 // past returns a finished job.
-func (b *Brain) past(ctx context.Context, id int64) (job.Record, error) {
+func (b *Brain) past(ctx context.Context, id int64) (*job.Record, error) {
 	val, err := b.Store.Get(ctx, queue.TablePast, queue.Key(id))
 	if errors.Is(err, store.ErrNotFound) {
-		return job.Record{}, queue.ErrNoJob
+		return nil, queue.ErrNoJob
 	}
 	if err != nil {
-		return job.Record{}, fmt.Errorf("read job %d: %w", id, err)
+		return nil, fmt.Errorf("read job %d: %w", id, err)
 	}
-	return decode(val)
+	rec, err := decode(val)
+	if err != nil {
+		return nil, err
+	}
+	return &rec, nil
+}
+
+// unfinished returns a copy of an unfinished job, nil if there is none.
+func (b *Brain) unfinished(id int64) *job.Record {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	rec, ok := b.live[id]
+	if !ok {
+		return nil
+	}
+	own := *rec
+	return &own
 }
 
 // Live returns an unfinished job.

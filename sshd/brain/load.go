@@ -132,7 +132,7 @@ func (b *Brain) missed(ctx context.Context, was, is map[int64]*job.Record) (news
 		case err != nil:
 			return nil, fmt.Errorf("how job %d ended: %w", id, err)
 		default:
-			news = append(news, rec)
+			news = append(news, *rec)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(is)) {

@@ -38,7 +38,7 @@ type conn struct {
 	login  login
 	leave  func()         // gives the place before login back; may be called again
 	grace  *time.Timer    // login time limit
-	work   sync.WaitGroup // sessions, their key watchers, the keepalive
+	work   sync.WaitGroup // sessions, their key watchers, questions for a sign of life
 
 	refusing atomic.Int32 // channels that are being rejected
 
@@ -51,6 +51,16 @@ type conn struct {
 	busy   int                   // of these, the ones whose client waits for us
 	idle   *time.Timer           // runs from login while busy is 0
 	ending bool                  // no new sessions
+	pulse  pulse
+}
+
+// A pulse is what is known of a client's being alive. It is a timer and not a goroutine:
+// most clients are silent most of the time.
+type pulse struct {
+	timer  *time.Timer // nil before the first session
+	seen   int64       // wire.received when it was last looked at
+	missed int         // looks since then
+	asking bool        // the last question is still on its way
 }
 
 func newConn(s *Server, nc net.Conn) *conn {
@@ -115,6 +125,9 @@ func (c *conn) stopTimers() {
 	}
 	if c.idle != nil {
 		c.idle.Stop()
+	}
+	if c.pulse.timer != nil {
+		c.pulse.timer.Stop()
 	}
 }
 
@@ -245,7 +258,8 @@ func (c *conn) enter(peer *ssh.ServerConn) bool {
 	}
 	if c.peer == nil {
 		c.peer = peer
-		c.work.Go(c.keepAlive)
+		c.pulse.seen = c.wire.received.Load()
+		c.pulse.timer = time.AfterFunc(c.srv.cfg.KeepAlive, c.keepAlive)
 	}
 	c.open++
 	c.alert++
@@ -300,30 +314,39 @@ func (c *conn) exit() {
 // question without one. Any byte counts: the answer of a client behind a slow line
 // stands in a queue behind its upload.
 func (c *conn) keepAlive() {
-	tick := time.NewTicker(c.srv.cfg.KeepAlive)
-	defer tick.Stop()
-	seen, missed := c.wire.received.Load(), 0
-	asking := make(chan struct{}, 1)
-	for {
-		select {
-		case <-tick.C:
-		case <-c.wire.closed:
-			return
-		}
-		if now := c.wire.received.Load(); now != seen {
-			seen, missed = now, 0
-			continue
-		}
-		if missed++; missed > missedProbes {
-			c.cut(ErrLost)
-			return
-		}
-		select {
-		case asking <- struct{}{}:
-			c.work.Go(func() { c.alive(); <-asking })
-		default: // the last question is still on its way
-		}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	select {
+	case <-c.wire.closed:
+		return
+	default:
 	}
+	if c.ending { // finish waits for work: no more of it
+		return
+	}
+	p := &c.pulse
+	p.timer.Reset(c.srv.cfg.KeepAlive)
+	if now := c.wire.received.Load(); now != p.seen {
+		p.seen, p.missed = now, 0
+		return
+	}
+	if p.missed++; p.missed > missedProbes {
+		p.timer.Stop()
+		c.cut(ErrLost)
+		return
+	}
+	if !p.asking {
+		p.asking = true
+		c.work.Go(c.ask)
+	}
+}
+
+// ask asks the client for a sign of life, on behalf of keepAlive.
+func (c *conn) ask() {
+	c.alive()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pulse.asking = false
 }
 
 // alive asks the client for a reply and waits for it, or for the connection's end.

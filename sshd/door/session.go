@@ -304,9 +304,10 @@ func (s *Session) end(code int) {
 
 // Sizes of the packets that output is sent in. golang.org/x/crypto/ssh keeps buffers
 // of the largest packet a channel has ever sent, so live output goes in small ones;
-// whoever writes a lot at once gets full ones.
+// whoever writes a lot at once gets full ones. With its header, padding and tag a small
+// one just fits into 4 KiB: the allocator's next size is a fifth more, twice.
 const (
-	livePacket = 4 << 10
+	livePacket = 4<<10 - 64
 	bulkPacket = 32 << 10
 )
 

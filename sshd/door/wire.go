@@ -126,7 +126,7 @@ func (w *wire) fill(p []byte) (int, error) {
 // The difference is which of the two the sessions see first, and the close is still
 // on its way through x/crypto's goroutines. So it gets a moment.
 func (w *wire) settle() {
-	const moment = 25 * time.Millisecond
+	const moment = 100 * time.Millisecond // on a busy machine too
 	limit := time.NewTimer(moment)
 	defer limit.Stop()
 	for w.conn.unaware() {

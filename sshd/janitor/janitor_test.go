@@ -767,7 +767,7 @@ func TestElsewhere(t *testing.T) {
 		rec, err := w.Brain.Job(context.Background(), kept)
 		w.must(err)
 		rec.Log = w.put("the log")
-		w.must(w.Brain.Rewrite(context.Background(), []job.Record{rec}))
+		w.must(w.Brain.Rewrite(context.Background(), []job.Record{*rec}))
 		only := w.complete("c", "d")
 		w.put("nobody's")
 		time.Sleep(2 * time.Hour)
