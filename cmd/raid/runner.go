@@ -76,11 +76,7 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	var more []os.Signal
-	if f.local() { // another's SIGHUP is its terminal's or nohup's
-		more = []os.Signal{goLater, goNow}
-	}
-	first, signals := onSignals(ctx, more...) // from here on nothing is left half made by a signal
+	first, signals := onSignals(ctx, goLater, goNow) // from here on nothing is left half made by a signal
 	defer signals.stop()
 	lock, err := store.Lock(dir)
 	if errors.Is(err, store.ErrLocked) {

@@ -239,10 +239,9 @@ type signalBox struct {
 }
 
 // Signals by which raid tells its runners to go. They say what is wanted, however often
-// they come: raid may be stopped many times while one job runs. A Go process that does not
-// heed them yet dies of SIGHUP and takes no notice of SIGUSR2, which is for those that do.
+// they come: raid may be stopped many times while one job runs.
 const (
-	goLater = syscall.SIGHUP  // when the job is over
+	goLater = syscall.SIGUSR1 // when the job is over
 	goNow   = syscall.SIGUSR2 // the job is given back
 )
 
