@@ -117,7 +117,7 @@ func (s *sweep) enough(ctx context.Context, all []*share, need int64) (some []jo
 		if err != nil {
 			return nil, err
 		}
-		some = append(some, rec)
+		some = append(some, *rec)
 		need -= s.jobs[id].size
 		if s.Blobs.Shared() {
 			continue
