@@ -354,8 +354,7 @@ func (sl *slot) holder() (pid int, held bool) {
 }
 
 // start runs a runner in a session of its own, so that it outlives this process.
-// When ctx ends it is told to go, by its process and not by the lock, which one that
-// has just begun does not hold yet, and waited for as long as an idle one needs.
+// When ctx ends it is told to go and waited for as long as an idle one needs.
 func (sl *slot) start(ctx context.Context) error {
 	exe, err := os.Executable()
 	if err != nil {
@@ -379,7 +378,7 @@ func (sl *slot) start(ctx context.Context) error {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
-		cmd.Process.Signal(goLater)
+		cmd.Process.Signal(sl.farewell(cmd.Process.Pid))
 	}
 	select {
 	case err := <-ended:
@@ -387,6 +386,16 @@ func (sl *slot) start(ctx context.Context) error {
 	case <-time.After(idleEnds):
 		return nil
 	}
+}
+
+// farewell is the signal that has a runner go when its job is over. One that does not hold
+// the slot yet has no job, and may not heed signals yet: Go would have it live through any
+// but SIGTERM.
+func (sl *slot) farewell(pid int) syscall.Signal {
+	if holder, held := sl.holder(); held && holder == pid {
+		return goLater
+	}
+	return syscall.SIGTERM
 }
 
 // await tells a runner that is not our child to go when its job is over, and waits for
