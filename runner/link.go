@@ -43,7 +43,11 @@ func (r *Runner) link(ctx context.Context) {
 			r.Drain()
 			return
 		}
-		r.Logf("raid is out of reach: %v", err)
+		if errors.Is(err, errLater) {
+			r.Logf("%v", err)
+		} else {
+			r.Logf("raid is out of reach: %v", err)
+		}
 		if a := r.holding(); a != nil && time.Since(last) > r.Orphan {
 			a.giveUp(errOrphan) // a result that is there already waits on
 		}
@@ -150,7 +154,7 @@ func readCalls(ctx context.Context, s *dial.Session, calls chan<- job.Call, word
 }
 
 func (r *Runner) hello() job.Hello {
-	h := job.Hello{Protocol: job.Protocol, Name: r.Name, Pools: r.Pools, Engine: r.Engine.Name(),
+	h := job.Hello{Protocol: job.Protocol, Folder: r.ID, Name: r.Name, Pools: r.Pools, Engine: r.Engine.Name(),
 		Arch: r.Arch, Weakness: r.Engine.Weakness(), Builds: r.Builds, Express: r.Express, Draining: r.draining(), GPUArch: gpu.Arch(r.GPUs), GPUMemoryMB: gpu.LeastMemoryMB(r.GPUs)}
 	for pool, rules := range r.Rules {
 		if h.Images == nil {

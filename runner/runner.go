@@ -33,6 +33,7 @@ import (
 // Config says what a runner is. Every field but the last nine is required.
 type Config struct {
 	Dir     string // its state folder; the caller holds its lock
+	ID      string // of Dir, for as long as that is there
 	Name    string // what users see
 	Pools   []string
 	Arch    string // GOARCH

@@ -232,11 +232,24 @@ type place struct {
 	*job.Job        // nil for strangers' jobs
 }
 
+// lines are the pools in which jobs may wait: beside ours those that raid.toml had when
+// the jobs came.
+func (s *Server) lines() []string {
+	pools := slices.Clone(s.Pools)
+	for _, rec := range s.brain.Unfinished() {
+		if !slices.Contains(pools, rec.Pool) {
+			pools = append(pools, rec.Pool)
+		}
+	}
+	slices.Sort(pools[len(s.Pools):])
+	return pools
+}
+
 // inLine returns what runs, oldest first, and then what waits, pool by pool in the order
 // it starts.
 func (s *Server) inLine(ctx context.Context) (all []job.Record, err error) {
 	var ids []int64
-	for _, pool := range s.Pools {
+	for _, pool := range s.lines() {
 		line, _, err := s.waiting(ctx, pool, nobody)
 		if err != nil {
 			return nil, err

@@ -51,9 +51,13 @@ func runJoin(ctx context.Context, c *call) (int, error) {
 		return 0, failf(job.ExitRefused, "install the same version on both machines",
 			"runner speaks protocol %d, raid speaks %d", h.Protocol, job.Protocol)
 	}
-	link, err := c.s.brain.Join(ctx, queue.Runner{ID: c.Who.Fingerprint, Name: clean(h.Name), Pools: h.Pools,
+	link, err := c.s.brain.Join(ctx, queue.Runner{ID: c.Who.Fingerprint, Folder: h.Folder, Name: clean(h.Name), Pools: h.Pools,
 		Engine: h.Engine, Arch: h.Arch, GPUs: h.GPUs, GPUArch: h.GPUArch, GPUMemoryMB: h.GPUMemoryMB,
 		Images: h.Images, Builds: h.Builds, Express: h.Express, Weakness: h.Weakness}, h.Held)
+	if errors.Is(err, queue.ErrTaken) {
+		c.s.Log.Warn("two runners have the same key", "runner", h.Name, "from", c.From, "err", err)
+		return 0, failf(job.ExitTryLater, "give each runner a key of its own: rai-keygen runner NAME", "%s", err)
+	}
 	if err != nil {
 		return 0, err
 	}

@@ -75,8 +75,12 @@ func (why *reasoning) ask(ctx context.Context, s *Server, rec *job.Record) error
 	return s.brain.View(ctx, func(q *queue.Core) {
 		for _, r := range q.Runners() {
 			l := q.Lacks(&r, rec)
-			if l == "" && r.Sick != "" {
+			switch {
+			case l != "":
+			case r.Sick != "":
 				l = "is " + stateWords(&r)
+			case r.Connected && (r.Drained || r.Draining):
+				l = "is draining"
 			}
 			if l != "" {
 				why.lacks = append(why.lacks, fmt.Sprintf("runner %s %s", r.Name, l))

@@ -206,7 +206,11 @@ func (h *house) lead(ctx context.Context, redis *store.Redis, own ssh.Signer) (c
 			return nil, err
 		}
 	}
-	return h.server(ctx, redis, func(c *sshd.Config) { c.Stale, c.Raids = stale, raidsOf(redis) })
+	srv, err := h.server(ctx, redis, func(c *sshd.Config) { c.Stale, c.Raids = stale, raidsOf(redis) })
+	if _, hint := cli.Verdict(err, 0); hint != "" { // it goes to the log, and raid tries again
+		return nil, fmt.Errorf("%w: %s", err, hint)
+	}
+	return srv, err
 }
 
 // raidsOf lists the raids of a deployment, sorted by address.

@@ -134,7 +134,11 @@ func runRunner(ctx context.Context, f runnerFlags) error {
 	if _, ok := engine.(box.Builder); ok && slot.Config.builds() {
 		builds = &slot.Config.Builds
 	}
-	r := runner.New(runner.Config{Dir: dir, Name: slot.Name, Pools: slot.Pools, Arch: runtime.GOARCH, Engine: engine,
+	id, err := runnerID(dir)
+	if err != nil {
+		return err
+	}
+	r := runner.New(runner.Config{Dir: dir, ID: id, Name: slot.Name, Pools: slot.Pools, Arch: runtime.GOARCH, Engine: engine,
 		Rules: rules, Builds: builds, GPUs: gpus, Check: health.Check, Recheck: slot.Config.Check, Data: slot.Config.Data, Cache: caches,
 		Limits: slot.Config.Limits, Orphan: slot.Config.Orphan, Warm: slot.Config.Warm, Fresh: slot.Config.fresh(), Express: slot.Express,
 		Local: f.local(), Logf: logger.Infof,

@@ -63,8 +63,9 @@ type slotRules struct {
 
 // A slot is one local runner: a folder, and whoever runs in it.
 type slot struct {
-	dir  string
-	name string
+	dir   string
+	name  string
+	spare bool // raid.toml has it no more: its runner may end its job
 }
 
 // A registrar enters local runners into raid's books; *sshd.Server is one.
@@ -75,8 +76,18 @@ type registrar interface {
 }
 
 // prepareSlots makes the folders of the local runners: a key that is enrolled, and
-// slot.json. Their names begin with prefix.
+// slot.json. Their names begin with prefix. It finds those, too, that run though there are
+// to be fewer now.
 func prepareSlots(ctx context.Context, c config, s *state, srv registrar, addr net.Addr, prefix string, logger *log.Logger) ([]slot, error) {
+	slots, err := wantedSlots(ctx, c, s, srv, addr, prefix, logger)
+	if err != nil {
+		return nil, err
+	}
+	spare, err := spareSlots(ctx, s, srv, addr, len(slots))
+	return append(slots, spare...), err
+}
+
+func wantedSlots(ctx context.Context, c config, s *state, srv registrar, addr net.Addr, prefix string, logger *log.Logger) ([]slot, error) {
 	if n, err := c.local(0); err == nil && n == 0 {
 		return nil, nil // nobody asks for GPUs, which a hardened unit could not see
 	}
@@ -111,6 +122,34 @@ func prepareSlots(ctx context.Context, c config, s *state, srv registrar, addr n
 		}
 	}
 	return slots, nil
+}
+
+// spareSlots are those from n on that have a runner. It may have a job, and is told where
+// raid is now.
+func spareSlots(ctx context.Context, s *state, srv registrar, addr net.Addr, n int) (spare []slot, err error) {
+	dirs, err := filepath.Glob(filepath.Join(s.dir, "runners", "*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range dirs {
+		sl := slot{dir: dir, spare: true}
+		if i, err := strconv.Atoi(filepath.Base(dir)); err != nil || i < n {
+			continue
+		}
+		if _, held := sl.holder(); !held {
+			continue
+		}
+		f, err := readSlot(dir)
+		if err == nil {
+			sl.name, f.Servers = f.Name, []string{dialable(addr)}
+			err = sl.prepare(ctx, srv, f)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("prepare the end of the runner in %s: %w", dir, err)
+		}
+		spare = append(spare, sl)
+	}
+	return spare, nil
 }
 
 // tellUncut says which GPUs are nobody's because of how MIG is set.
@@ -263,17 +302,24 @@ const (
 	idleEnds   = 4 * time.Second // an idle runner that was told to go has gone by then
 )
 
-// keep starts the slot's runner whenever none is there, and waits for the one that
-// is: a runner that outlived an earlier raid is adopted by leaving it alone.
+// keep starts the slot's runner whenever none is there, and waits for the one that is. One
+// that outlived an earlier raid may end its job; its place takes one that goes by what
+// raid.toml says now.
 func (sl *slot) keep(ctx context.Context, logger *log.Logger) {
 	wait := restartMin
 	for ctx.Err() == nil {
 		began := time.Now()
 		var err error
-		if pid, held := sl.holder(); held {
+		pid, held := sl.holder()
+		switch {
+		case held:
 			logger.Info("adopted runner", "runner", sl.name, "pid", pid)
-			err = sl.await(ctx, pid)
-		} else {
+			if err = sl.await(ctx, pid); err == nil {
+				continue
+			}
+		case sl.spare:
+			return
+		default:
 			err = sl.start(ctx)
 		}
 		if ctx.Err() != nil {
@@ -308,8 +354,7 @@ func (sl *slot) holder() (pid int, held bool) {
 }
 
 // start runs a runner in a session of its own, so that it outlives this process.
-// When ctx ends it is told to go, by its process and not by the lock, which one that
-// has just begun does not hold yet, and waited for as long as an idle one needs.
+// When ctx ends it is told to go and waited for as long as an idle one needs.
 func (sl *slot) start(ctx context.Context) error {
 	exe, err := os.Executable()
 	if err != nil {
@@ -333,7 +378,7 @@ func (sl *slot) start(ctx context.Context) error {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
-		cmd.Process.Signal(goLater)
+		cmd.Process.Signal(sl.farewell(cmd.Process.Pid))
 	}
 	select {
 	case err := <-ended:
@@ -343,13 +388,27 @@ func (sl *slot) start(ctx context.Context) error {
 	}
 }
 
-// await does the same for a runner that is not our child.
+// farewell is the signal that has a runner go when its job is over. One that does not hold
+// the slot yet has no job, and may not heed signals yet: Go would have it live through any
+// but SIGTERM.
+func (sl *slot) farewell(pid int) syscall.Signal {
+	if holder, held := sl.holder(); held && holder == pid {
+		return goLater
+	}
+	return syscall.SIGTERM
+}
+
+// await tells a runner that is not our child to go when its job is over, and waits for
+// that; once ctx has ended, as long as an idle one needs.
 func (sl *slot) await(ctx context.Context, pid int) error {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, goLater, nil, 0); err != nil {
+		return err
+	}
 	var wake [2]int
 	if err := unix.Pipe2(wake[:], unix.O_CLOEXEC); err != nil {
 		return err
@@ -366,11 +425,9 @@ func (sl *slot) await(ctx context.Context, pid int) error {
 			continue
 		case err != nil:
 			return err
-		case set[0].Revents != 0:
-			return errors.New("it has gone")
+		case set[0].Revents == 0:
+			unix.Poll(set[:1], int(idleEnds.Milliseconds()))
 		}
-		unix.PidfdSendSignal(fd, goLater, nil, 0)
-		unix.Poll(set[:1], int(idleEnds.Milliseconds()))
 		return nil
 	}
 }

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"os"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/rai-project/raid/runner/gpu"
+	"github.com/rai-project/raid/sshd/store"
 )
 
 // TestAssign writes GPUs as letters and slots as words of them.
@@ -50,4 +53,24 @@ func TestAssign(t *testing.T) {
 			t.Errorf("assign(%s, %s, %d) = %v, %d spare, want %v, %d", c.gpus, c.had, c.per, got, spare, want, c.spare)
 		}
 	}
+}
+
+// TestFarewell: a runner that has just begun heeds nothing but SIGTERM, and one that has
+// its slot would take a second SIGTERM for an order to give its job back.
+func TestFarewell(t *testing.T) {
+	sl := slot{dir: t.TempDir()}
+	want := func(pid int, sig syscall.Signal) {
+		t.Helper()
+		if got := sl.farewell(pid); got != sig {
+			t.Errorf("process %d is sent %v, want %v", pid, got, sig)
+		}
+	}
+	want(os.Getpid(), syscall.SIGTERM)
+	lock, err := store.Lock(sl.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	want(os.Getpid(), goLater)
+	want(os.Getpid()+1, syscall.SIGTERM)
 }

@@ -15,7 +15,8 @@ const Protocol = 1
 // Hello is the first line of a runner.
 type Hello struct {
 	Protocol    int                `json:"protocol"`
-	Name        string             `json:"name"` // shown to users; the key, not the name, is the identity
+	Folder      string             `json:"folder,omitempty"` // the id of its state folder, by which two with one key are told apart
+	Name        string             `json:"name"`             // shown to users; the key, not the name, is the identity
 	Pools       []string           `json:"pools"`
 	Engine      string             `json:"engine"`
 	Arch        string             `json:"arch"`                    // GOARCH

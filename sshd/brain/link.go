@@ -24,7 +24,7 @@ type Link struct {
 const callRoom = 64
 
 // Join connects a runner. A connection it already had is cut off: the newer one is
-// the truth. The error is that of a commit.
+// the truth. The error is that of a commit, or queue.ErrTaken.
 func (b *Brain) Join(ctx context.Context, r queue.Runner, held *job.Lease) (*Link, error) {
 	l := &Link{brain: b, runner: r, held: held, calls: make(chan job.Call, callRoom)}
 	if _, err := b.send(ctx, &request{link: l}); err != nil {
@@ -65,11 +65,7 @@ func (b *Brain) applyLink(now queue.Millis, r *request) error {
 	var cmd queue.Command
 	switch {
 	case r.op == linkJoin:
-		if old := b.links[id]; old != nil {
-			old.cut()
-		}
-		b.links[id] = l
-		cmd = queue.Join{Runner: l.runner, Held: l.held}
+		return b.join(now, l)
 	case r.op == linkLeave && current:
 		b.drop(l)
 		cmd = queue.Leave{Runner: id}
@@ -83,6 +79,18 @@ func (b *Brain) applyLink(now queue.Millis, r *request) error {
 	}
 	_, err := b.core.Apply(now, cmd)
 	return err
+}
+
+// join makes a link that of its runner, in place of the one there was.
+func (b *Brain) join(now queue.Millis, l *Link) error {
+	if _, err := b.core.Apply(now, queue.Join{Runner: l.runner, Held: l.held}); err != nil {
+		return err
+	}
+	if old := b.links[l.runner.ID]; old != nil {
+		old.cut()
+	}
+	b.links[l.runner.ID] = l
+	return nil
 }
 
 // drop forgets the newest link of a runner.

@@ -56,6 +56,7 @@ var (
 	ErrStale = errors.New("stale fence")
 	ErrFull  = errors.New("too many jobs are waiting")
 	ErrDaily = errors.New("too many jobs today")
+	ErrTaken = errors.New("another runner with this key is connected")
 	ErrNeeds = errors.New("too many different demands are waiting")
 )
 
@@ -95,6 +96,7 @@ type entry struct {
 // A Runner is one slot, as its last hello described it.
 type Runner struct {
 	ID          string                 `json:"id"` // fingerprint of its key
+	Folder      string                 `json:"-"`  // the id of its state folder, "" if it does not say
 	Name        string                 `json:"name"`
 	Pools       []string               `json:"pools"`
 	Engine      string                 `json:"engine"`
@@ -237,7 +239,9 @@ func (x Cancel) apply(c *Core, now Millis) (any, error) {
 }
 
 // Join says that a runner is connected. A lease it was thought to hold and does not
-// claim is over: the process that held it is gone. The reply is nil.
+// claim is over: the process that held it is gone. The error is ErrTaken if another was
+// heard of within a lease that works in another folder: one of two with the same key would
+// take the other's job away, and so would the other. The reply is nil.
 type Join struct {
 	Runner Runner
 	Held   *job.Lease
@@ -249,6 +253,9 @@ func (j Join) apply(c *Core, now Millis) (any, error) {
 	if r == nil {
 		r = &Runner{}
 		c.runners[j.Runner.ID] = r
+	}
+	if r.Connected && now-r.Seen < c.policy.Lease && r.Folder != "" && j.Runner.Folder != "" && r.Folder != j.Runner.Folder {
+		return nil, fmt.Errorf("%w: %s", ErrTaken, r.Name)
 	}
 	c.setIdle(r, false)
 	running, drained := r.Job, r.Drained

@@ -197,6 +197,52 @@ func TestBeatKeepsLease(t *testing.T) {
 	}
 }
 
+// TestOneKeyTwoFolders: of two runners with one key the second waits until the first has
+// gone or is not heard of, but a runner that comes back to its folder is let in at once.
+func TestOneKeyTwoFolders(t *testing.T) {
+	w := newWorld(t)
+	id := w.submit("ada", "")
+	w.c.Effects()
+	in := func(folder string, held *job.Lease) error {
+		_, err := w.c.Apply(w.now, Join{Runner: Runner{ID: "r1", Folder: folder, Name: "r1", Pools: []string{"p"}}, Held: held})
+		return err
+	}
+	if err := in("a", nil); err != nil {
+		t.Fatal(err)
+	}
+	w.do(Beat{Runner: "r1", Idle: true})
+	o := w.offer()
+	w.now += 5000
+	w.do(Beat{Runner: "r1", Held: &o.Lease})
+	w.now += DefaultPolicy().Lease - 1
+	if err := in("b", nil); !errors.Is(err, ErrTaken) {
+		t.Fatalf("another folder: %v, want %v", err, ErrTaken)
+	}
+	if got := w.state(id); got != job.Running {
+		t.Fatalf("state = %s, want running", got)
+	}
+	if err := in("a", &o.Lease); err != nil {
+		t.Errorf("the same folder: %v", err)
+	}
+	if err := in("", &o.Lease); err != nil {
+		t.Errorf("one that does not say: %v", err)
+	}
+	if err := in("a", &o.Lease); err != nil {
+		t.Errorf("after one that does not say: %v", err)
+	}
+	w.do(Leave{Runner: "r1"})
+	if err := in("b", nil); err != nil {
+		t.Errorf("after the first had left: %v", err)
+	}
+	if got := w.state(id); got != job.Queued {
+		t.Errorf("state = %s after its runner was replaced, want queued", got)
+	}
+	w.now += DefaultPolicy().Lease
+	if err := in("a", nil); err != nil {
+		t.Errorf("after silence: %v", err)
+	}
+}
+
 func TestGivesUpAfterAttempts(t *testing.T) {
 	w := newWorld(t)
 	w.submit("ada", "")
