@@ -35,7 +35,8 @@ import (
 //	signal SIG NAME|raid           kill -SIG a background command
 //	type NAME TEXT, eof NAME       write to a pipe, close it
 //	runner kill9 N                 kill -9 a local runner
-//	runner start NAME              a runner of another machine, with NAME as its state, in
+//	runner start NAME [-config FILE]
+//	                               a runner of another machine, with NAME as its state, in
 //	                               the background as &NAME&; enrolled when it is new
 //	proxy NAME                     NAME, a person or a runner, comes through a proxy, which
 //	                               finds raid again on another port

@@ -27,7 +27,7 @@ import (
 )
 
 // patience is how long a script waits for anything.
-const patience = 60 * time.Second
+const patience = 90 * time.Second
 
 // A world is what one script has around it: a raid, people, and what runs in the
 // background. Only the script's own goroutine uses it.
@@ -465,12 +465,12 @@ func (w *world) cmdEOF(ts *testscript.TestScript, args []string) {
 }
 
 func (w *world) cmdRunner(ts *testscript.TestScript, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: runner kill9 N, runner start NAME")
+	if len(args) != 2 && (len(args) != 4 || args[0] != "start" || args[2] != "-config") {
+		ts.Fatalf("usage: runner kill9 N, runner start NAME [-config FILE]")
 	}
 	switch args[0] {
 	case "start":
-		w.startRunner(ts, args[1])
+		w.startRunner(ts, args[1], args[2:])
 	case "kill9":
 		pid, fd, err := w.openRunner(filepath.Join(w.state, "runners", args[1]))
 		ts.Check(err)
@@ -482,8 +482,9 @@ func (w *world) cmdRunner(ts *testscript.TestScript, args []string) {
 	}
 }
 
-// startRunner starts a runner as another machine would, and waits until it is ready.
-func (w *world) startRunner(ts *testscript.TestScript, name string) {
+// startRunner starts a runner as another machine would, with more flags or none, and waits
+// until it is ready.
+func (w *world) startRunner(ts *testscript.TestScript, name string, flags []string) {
 	key := filepath.Join(w.dir, "keys", "runner-"+name)
 	if _, err := os.Stat(key); err != nil {
 		w.run(ts, 0, []string{"rai-keygen", "--server", "rai@127.0.0.1:" + w.port, "-i", filepath.Join(w.state, "admin"),
@@ -496,8 +497,12 @@ func (w *world) startRunner(ts *testscript.TestScript, name string) {
 	host, err := os.ReadFile(filepath.Join(w.state, "host_key.pub"))
 	ts.Check(err)
 	ts.Check(os.WriteFile(key+".known", append([]byte("[127.0.0.1]:"+port+" "), host...), 0o644))
-	w.run(ts, 0, []string{"raid", "runner", "--server", "rai@127.0.0.1:" + port, "-i", key, "--known-hosts", key + ".known",
-		"--state", filepath.Join(w.dir, name), "--name", name}, "", name)
+	argv := []string{"raid", "runner", "--server", "rai@127.0.0.1:" + port, "-i", key, "--known-hosts", key + ".known",
+		"--state", filepath.Join(w.dir, name), "--name", name}
+	if len(flags) > 0 {
+		argv = append(argv, "--config", flags[1])
+	}
+	w.run(ts, 0, argv, "", name)
 	w.remotes[name] = true
 	w.cmdUntil(ts, []string{name, "ready"})
 }
