@@ -52,7 +52,8 @@ import (
 //	                               $S3_BARE, $S3_KEY and $S3_SECRET
 //	s3 objects | age | tamper      names of all blobs; make them two hours old; give them other bytes
 //	get STATUS URL|- [RANGE]       http.body and http.header of a URL, or of the one just printed
-//	mirrored JOB                   what the mirror says: mirror.out, mirror.err, mirror.end
+//	mirrored JOB [STATE]           what the mirror says: mirror.out, mirror.err, mirror.end; with
+//	                               a STATE its events tell of that, too
 func TestScript(t *testing.T) {
 	if testing.Short() {
 		t.Skip("scripts take minutes")

@@ -371,7 +371,8 @@ func (w *world) startRedis(ts *testscript.TestScript, disk bool) {
 	})
 }
 
-// cmdMirrored reads the mirror of a job to its end, waiting for it.
+// cmdMirrored reads the mirror of a job to its end, waiting for it, and for the event of a
+// state, which travels on its own.
 func (w *world) cmdMirrored(ts *testscript.TestScript, args []string) {
 	c := redis.NewClient(&redis.Options{Addr: "127.0.0.1:" + w.redisAt, ReadTimeout: patience})
 	defer c.Close()
@@ -391,8 +392,26 @@ func (w *world) cmdMirrored(ts *testscript.TestScript, args []string) {
 		}
 		return nil
 	})
+	if len(args) > 1 {
+		w.within(ts, "mirrored", func(ctx context.Context) error { return awaitEvent(ctx, c, args[0], args[1]) })
+	}
 	for _, kind := range []string{"out", "err", "end"} {
 		ts.Check(os.WriteFile(filepath.Join(w.dir, "mirror."+kind), all[kind], 0o644))
+	}
+}
+
+// awaitEvent waits until the mirror's events tell of a job's state.
+func awaitEvent(ctx context.Context, c *redis.Client, id, state string) error {
+	for last := "0"; ; {
+		got, err := c.XRead(ctx, &redis.XReadArgs{Streams: []string{"rai:events", last}, Block: patience}).Result()
+		if err != nil {
+			return err
+		}
+		for _, m := range got[0].Messages {
+			if last = m.ID; m.Values["job"] == id && m.Values["state"] == state {
+				return nil
+			}
+		}
 	}
 }
 
