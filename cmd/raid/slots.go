@@ -333,7 +333,7 @@ func (sl *slot) start(ctx context.Context) error {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
-		cmd.Process.Signal(goLater)
+		cmd.Process.Signal(sl.later())
 	}
 	select {
 	case err := <-ended:
@@ -341,6 +341,15 @@ func (sl *slot) start(ctx context.Context) error {
 	case <-time.After(idleEnds):
 		return nil
 	}
+}
+
+// later is the signal by which a runner that was started here goes later. One that has
+// the lock heeds raid's own; before that it has no job, and might not have heard of it.
+func (sl *slot) later() syscall.Signal {
+	if _, held := sl.holder(); held {
+		return goLater
+	}
+	return syscall.SIGTERM
 }
 
 // await does the same for a runner that is not our child.
