@@ -200,8 +200,10 @@ func (w *world) cmdRaid(ts *testscript.TestScript, args []string) {
 	case "start":
 		w.startRaid(ts, args[1:])
 	case "stop":
+		w.settle("result.json")
 		w.within(ts, "raid stop", w.stopRaid)
 	case "restart":
+		w.settle("result.json")
 		w.within(ts, "raid stop", w.stopRaid)
 		w.startRaid(ts, w.args)
 	case "kill9":
@@ -552,9 +554,11 @@ func awaitReady(fd int, d time.Duration, otherwise string) error {
 	}
 }
 
-// settle waits until the local runners have told raid how their attempts ended: raid may
-// have been away, and a script may be over before they are back.
-func (w *world) settle() {
+// settle waits until the local runners have told raid how their attempts ended, and know
+// that it has heard: raid may have been away, and somebody who follows a job is told of its
+// end a moment before its runner is. Of an attempt that still runs there is no "result.json"
+// yet; with "." it is waited for, too.
+func (w *world) settle(what string) {
 	dirs, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts"))
 	if w.raid == nil || w.tb.Failed() || len(dirs) == 0 {
 		return
@@ -572,7 +576,7 @@ func (w *world) settle() {
 	}
 	events := make([]byte, 4096)
 	for {
-		left, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts", "*"))
+		left, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts", "*", what))
 		if len(left) == 0 {
 			return
 		}
@@ -610,7 +614,7 @@ func (w *world) end() {
 	if w.registry != nil {
 		w.registry.Stop()
 	}
-	w.settle()
+	w.settle(".")
 	w.closeDoor()
 	if w.raid != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
