@@ -7,8 +7,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -347,12 +349,26 @@ func (w *world) redisPort(ts *testscript.TestScript) {
 	if w.redisAt != "" {
 		return
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	var err error
+	w.redisAt, err = ownPort("127.0.0.1")
 	ts.Check(err)
-	_, w.redisAt, err = net.SplitHostPort(l.Addr().String())
-	ts.Check(err)
-	ts.Check(l.Close())
 	ts.Setenv("REDIS", w.redisAt)
+}
+
+// ownPort finds a port that nobody else is given while nothing listens on it, because it
+// is none of those that the kernel chooses for whoever has no wish.
+func ownPort(host string) (string, error) {
+	for {
+		port := strconv.Itoa(10_000 + rand.IntN(20_000)) // below net.ipv4.ip_local_port_range
+		l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		return port, l.Close()
+	}
 }
 
 // startRedis starts it without a disk, or with the files that it had before.
