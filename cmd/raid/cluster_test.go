@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -54,11 +53,8 @@ func newCluster(t *testing.T, seed uint64, local int) *clusterTest {
 	s3 := blobtest.StartServer(t)
 	bucket, err := s3.NewBucket(t.Context())
 	c.must(err)
-	l, err := net.Listen("tcp", crashHost+":0")
+	c.port, err = ownPort(crashHost)
 	c.must(err)
-	_, c.port, err = net.SplitHostPort(l.Addr().String())
-	c.must(err)
-	c.must(l.Close())
 	for i := range clusterSize {
 		p, err := newProxy(crashHost, crashHost, c.port)
 		c.must(err)
@@ -88,6 +84,12 @@ func newCluster(t *testing.T, seed uint64, local int) *clusterTest {
 			}
 		}
 		c.startRaid(h)
+		if i == 0 { // the others find it so
+			ctx, cancel := context.WithTimeout(c.Context(), patience)
+			_, err := h.w.raid.both.await(ctx, itLeads)
+			cancel()
+			c.must(err)
+		}
 	}
 	c.invite(seed)
 	return c

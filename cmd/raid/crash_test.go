@@ -174,10 +174,9 @@ func (c *crash) build(host, more string) *crashHouse {
 	c.Helper()
 	dir := sharedTemp(c.T)
 	h := &crashHouse{w: newWorld(c.T, dir, buildPrograms(c.T))}
-	l, err := net.Listen("tcp", host+":0")
+	port, err := ownPort(host)
 	c.must(err)
-	h.addr = l.Addr().String()
-	c.must(l.Close())
+	h.addr = net.JoinHostPort(host, port)
 	c.must(os.WriteFile(filepath.Join(dir, "raid.toml"), []byte(more+"[limits]\nmemory = \"256MiB\"\ndisk = \"64MiB\"\n"), 0o644))
 	if c.houses = append(c.houses, h); c.w == nil {
 		c.w = h.w
@@ -796,25 +795,35 @@ func (c *crash) checkSlots() {
 	if all := c.ask(conn, "runners --json"); bytes.Count(all, []byte("\n")) != slots {
 		c.Errorf("there are more runners than were started:\n%s", all)
 	}
-	runners := make(chan string, slots)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	var live []*tape
 	for range slots {
-		go func() { // ends with its session, which is waited for
-			_, _, done, _ := events(ask(conn, "submit --json -- sleep 1").out)
-			if done == nil {
-				done = &job.Job{}
-			}
-			runners <- done.Runner
-		}()
+		t := newTape()
+		live = append(live, t)
+		wg.Go(func() { // ends with its job
+			defer t.end()
+			askTo(conn, "submit -- sleep 1000", t)
+		})
 	}
 	var names []string
-	for range slots {
-		names = append(names, <-runners)
+	for _, t := range live { // none has ended when the last begins
+		m, err := t.await(ctx, jobStarted)
+		if err != nil {
+			c.Errorf("a job for every runner: %v", err)
+			conn.Close()
+			return
+		}
+		defer c.ask(conn, "cancel "+m[1])
+		names = append(names, m[2])
 	}
 	slices.Sort(names)
 	if len(slices.Compact(slices.Clone(names))) != slots {
-		c.Errorf("%d jobs at once ran on %q, want each runner once", slots, names)
+		c.Errorf("%d jobs at once run on %q, want each runner once", slots, names)
 	}
 }
+
+var jobStarted = regexp.MustCompile(`(?s)raid: job (\d+) queued.*raid: started on (\S+) after`)
 
 // stop ends everything as staff would and looks for what is left.
 func (c *crash) stop() {

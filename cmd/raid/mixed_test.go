@@ -383,6 +383,15 @@ func (j *mixedJob) run() error {
 	if err := p.wait(ctx); err != nil {
 		return err
 	}
+	if j.cancel == "interrupt" { // ssh is gone before the job is
+		a, err := j.m.launch("", j.command("attach "+jobNumber.FindStringSubmatch(p.both.String())[1])...)
+		if err != nil {
+			return err
+		}
+		if err := a.wait(ctx); err != nil {
+			return err
+		}
+	}
 	return j.compare(p)
 }
 

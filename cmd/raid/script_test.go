@@ -35,7 +35,8 @@ import (
 //	signal SIG NAME|raid           kill -SIG a background command
 //	type NAME TEXT, eof NAME       write to a pipe, close it
 //	runner kill9 N                 kill -9 a local runner
-//	runner start NAME              a runner of another machine, with NAME as its state, in
+//	runner start NAME [-config FILE]
+//	                               a runner of another machine, with NAME as its state, in
 //	                               the background as &NAME&; enrolled when it is new
 //	proxy NAME                     NAME, a person or a runner, comes through a proxy, which
 //	                               finds raid again on another port
@@ -51,7 +52,8 @@ import (
 //	                               $S3_BARE, $S3_KEY and $S3_SECRET
 //	s3 objects | age | tamper      names of all blobs; make them two hours old; give them other bytes
 //	get STATUS URL|- [RANGE]       http.body and http.header of a URL, or of the one just printed
-//	mirrored JOB                   what the mirror says: mirror.out, mirror.err, mirror.end
+//	mirrored JOB [STATE]           what the mirror says: mirror.out, mirror.err, mirror.end; with
+//	                               a STATE its events tell of that, too
 func TestScript(t *testing.T) {
 	if testing.Short() {
 		t.Skip("scripts take minutes")

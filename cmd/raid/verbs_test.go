@@ -7,8 +7,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -347,12 +349,26 @@ func (w *world) redisPort(ts *testscript.TestScript) {
 	if w.redisAt != "" {
 		return
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	var err error
+	w.redisAt, err = ownPort("127.0.0.1")
 	ts.Check(err)
-	_, w.redisAt, err = net.SplitHostPort(l.Addr().String())
-	ts.Check(err)
-	ts.Check(l.Close())
 	ts.Setenv("REDIS", w.redisAt)
+}
+
+// ownPort finds a port that nobody else is given while nothing listens on it, because it
+// is none of those that the kernel chooses for whoever has no wish.
+func ownPort(host string) (string, error) {
+	for {
+		port := strconv.Itoa(10_000 + rand.IntN(20_000)) // below net.ipv4.ip_local_port_range
+		l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		return port, l.Close()
+	}
 }
 
 // startRedis starts it without a disk, or with the files that it had before.
@@ -371,7 +387,8 @@ func (w *world) startRedis(ts *testscript.TestScript, disk bool) {
 	})
 }
 
-// cmdMirrored reads the mirror of a job to its end, waiting for it.
+// cmdMirrored reads the mirror of a job to its end, waiting for it, and for the event of a
+// state, which travels on its own.
 func (w *world) cmdMirrored(ts *testscript.TestScript, args []string) {
 	c := redis.NewClient(&redis.Options{Addr: "127.0.0.1:" + w.redisAt, ReadTimeout: patience})
 	defer c.Close()
@@ -391,8 +408,26 @@ func (w *world) cmdMirrored(ts *testscript.TestScript, args []string) {
 		}
 		return nil
 	})
+	if len(args) > 1 {
+		w.within(ts, "mirrored", func(ctx context.Context) error { return awaitEvent(ctx, c, args[0], args[1]) })
+	}
 	for _, kind := range []string{"out", "err", "end"} {
 		ts.Check(os.WriteFile(filepath.Join(w.dir, "mirror."+kind), all[kind], 0o644))
+	}
+}
+
+// awaitEvent waits until the mirror's events tell of a job's state.
+func awaitEvent(ctx context.Context, c *redis.Client, id, state string) error {
+	for last := "0"; ; {
+		got, err := c.XRead(ctx, &redis.XReadArgs{Streams: []string{"rai:events", last}, Block: patience}).Result()
+		if err != nil {
+			return err
+		}
+		for _, m := range got[0].Messages {
+			if last = m.ID; m.Values["job"] == id && m.Values["state"] == state {
+				return nil
+			}
+		}
 	}
 }
 

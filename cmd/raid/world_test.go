@@ -201,8 +201,10 @@ func (w *world) cmdRaid(ts *testscript.TestScript, args []string) {
 	case "start":
 		w.startRaid(ts, args[1:])
 	case "stop":
+		w.settle("result.json")
 		w.within(ts, "raid stop", w.stopRaid)
 	case "restart":
+		w.settle("result.json")
 		w.within(ts, "raid stop", w.stopRaid)
 		w.startRaid(ts, w.args)
 	case "kill9":
@@ -466,12 +468,12 @@ func (w *world) cmdEOF(ts *testscript.TestScript, args []string) {
 }
 
 func (w *world) cmdRunner(ts *testscript.TestScript, args []string) {
-	if len(args) != 2 {
-		ts.Fatalf("usage: runner kill9 N, runner start NAME")
+	if len(args) != 2 && (len(args) != 4 || args[0] != "start" || args[2] != "-config") {
+		ts.Fatalf("usage: runner kill9 N, runner start NAME [-config FILE]")
 	}
 	switch args[0] {
 	case "start":
-		w.startRunner(ts, args[1])
+		w.startRunner(ts, args[1], args[2:])
 	case "kill9":
 		pid, fd, err := w.openRunner(filepath.Join(w.state, "runners", args[1]))
 		ts.Check(err)
@@ -483,8 +485,9 @@ func (w *world) cmdRunner(ts *testscript.TestScript, args []string) {
 	}
 }
 
-// startRunner starts a runner as another machine would, and waits until it is ready.
-func (w *world) startRunner(ts *testscript.TestScript, name string) {
+// startRunner starts a runner as another machine would, with more flags or none, and waits
+// until it is ready.
+func (w *world) startRunner(ts *testscript.TestScript, name string, flags []string) {
 	key := filepath.Join(w.dir, "keys", "runner-"+name)
 	if _, err := os.Stat(key); err != nil {
 		w.run(ts, 0, []string{"rai-keygen", "--server", "rai@127.0.0.1:" + w.port, "-i", filepath.Join(w.state, "admin"),
@@ -497,8 +500,12 @@ func (w *world) startRunner(ts *testscript.TestScript, name string) {
 	host, err := os.ReadFile(filepath.Join(w.state, "host_key.pub"))
 	ts.Check(err)
 	ts.Check(os.WriteFile(key+".known", append([]byte("[127.0.0.1]:"+port+" "), host...), 0o644))
-	w.run(ts, 0, []string{"raid", "runner", "--server", "rai@127.0.0.1:" + port, "-i", key, "--known-hosts", key + ".known",
-		"--state", filepath.Join(w.dir, name), "--name", name}, "", name)
+	argv := []string{"raid", "runner", "--server", "rai@127.0.0.1:" + port, "-i", key, "--known-hosts", key + ".known",
+		"--state", filepath.Join(w.dir, name), "--name", name}
+	if len(flags) > 0 {
+		argv = append(argv, "--config", flags[1])
+	}
+	w.run(ts, 0, argv, "", name)
 	w.remotes[name] = true
 	w.cmdUntil(ts, []string{name, "ready"})
 }
@@ -548,9 +555,11 @@ func awaitReady(fd int, d time.Duration, otherwise string) error {
 	}
 }
 
-// settle waits until the local runners have told raid how their attempts ended: raid may
-// have been away, and a script may be over before they are back.
-func (w *world) settle() {
+// settle waits until the local runners have told raid how their attempts ended, and know
+// that it has heard: raid may have been away, and somebody who follows a job is told of its
+// end a moment before its runner is. Of an attempt that still runs there is no "result.json"
+// yet; with "." it is waited for, too.
+func (w *world) settle(what string) {
 	dirs, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts"))
 	if w.raid == nil || w.tb.Failed() || len(dirs) == 0 {
 		return
@@ -568,7 +577,7 @@ func (w *world) settle() {
 	}
 	events := make([]byte, 4096)
 	for {
-		left, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts", "*"))
+		left, _ := filepath.Glob(filepath.Join(w.state, "runners", "*", "attempts", "*", what))
 		if len(left) == 0 {
 			return
 		}
@@ -606,7 +615,7 @@ func (w *world) end() {
 	if w.registry != nil {
 		w.registry.Stop()
 	}
-	w.settle()
+	w.settle(".")
 	w.closeDoor()
 	if w.raid != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
