@@ -261,7 +261,7 @@ func (b *Brain) publish(fx queue.Effects) {
 			if rec.State.Final() {
 				delete(b.live, rec.ID)
 			} else {
-				b.live[rec.ID] = &rec
+				b.live[rec.ID] = rec
 			}
 			if bell := b.bells[rec.ID]; bell != nil {
 				close(bell)
@@ -273,7 +273,7 @@ func (b *Brain) publish(fx queue.Effects) {
 		b.mu.Unlock()
 		for _, rec := range fx.Changed {
 			if b.Changed != nil {
-				b.Changed(rec)
+				b.Changed(*rec)
 			}
 		}
 	}

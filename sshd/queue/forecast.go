@@ -2,7 +2,6 @@ package queue
 
 import (
 	"cmp"
-	"container/heap"
 	"fmt"
 	"maps"
 	"slices"
@@ -151,7 +150,7 @@ func (s *slots) use(can []int, free []Millis, length Millis) Millis {
 // whatever holds jobs back today.
 type future struct {
 	core  *Core
-	heap  futures // of tenants
+	heap  heap[*futureNode] // of tenants
 	turns int64
 }
 
@@ -160,7 +159,7 @@ type futureNode struct {
 	used   int64
 	turn   int64
 	weight int64
-	users  futures
+	users  heap[*futureNode]
 	jobs   []*entry // in order
 }
 
@@ -177,22 +176,22 @@ func (c *Core) ahead(p *node) *future {
 			}
 			fu := &futureNode{used: u.used, turn: u.turn, weight: u.weight}
 			for _, pl := range u.places {
-				fu.jobs = append(fu.jobs, pl.jobs...)
+				for _, s := range pl.jobs {
+					fu.jobs = append(fu.jobs, s.item)
+				}
 			}
 			slices.SortFunc(fu.jobs, func(a, b *entry) int { return a.rank(b) })
-			ft.users = append(ft.users, fu)
+			ft.users.push(fu.standing(), fu)
 		}
-		heap.Init(&ft.users)
-		f.heap = append(f.heap, ft)
+		f.heap.push(ft.standing(), ft)
 	}
-	heap.Init(&f.heap)
 	return f
 }
 
 // take removes and returns the next job, and charges everybody on the way.
 func (f *future) take() *entry {
-	t := f.heap[0]
-	u := t.users[0]
+	t := f.heap[0].item
+	u := t.users[0].item
 	e := u.jobs[0]
 	u.jobs = u.jobs[1:]
 	cost := f.core.estimate(e) * e.gpus() * 1000
@@ -200,31 +199,21 @@ func (f *future) take() *entry {
 	t.used += cost / t.weight
 	f.turns++
 	u.turn, t.turn = f.turns, f.turns
-	if len(u.jobs) == 0 {
-		heap.Pop(&t.users)
-	} else {
-		heap.Fix(&t.users, 0)
-	}
-	if len(t.users) == 0 {
-		heap.Pop(&f.heap)
-	} else {
-		heap.Fix(&f.heap, 0)
-	}
+	next(&t.users, u, len(u.jobs) == 0)
+	next(&f.heap, t, len(t.users) == 0)
 	return e
 }
 
-// futures is a heap by virtual time.
-type futures []*futureNode
+// next mends a heap after the first in it was charged, or has nothing left.
+func next(h *heap[*futureNode], first *futureNode, empty bool) {
+	if empty {
+		h.remove(0)
+	} else {
+		h.move(0, first.standing())
+	}
+}
 
-func (h futures) Len() int { return len(h) }
-func (h futures) Less(i, j int) bool {
-	return cmp.Or(cmp.Compare(h[i].used, h[j].used), cmp.Compare(h[i].turn, h[j].turn)) < 0
-}
-func (h futures) Swap(i, j int) { h[i], h[j] = h[j], h[i] }
-func (h *futures) Push(x any)   { *h = append(*h, x.(*futureNode)) }
-func (h *futures) Pop() any {
-	old := *h
-	x := old[len(old)-1]
-	*h = old[:len(old)-1]
-	return x
-}
+func (n *futureNode) standing() key { return key{n.used, n.turn} }
+
+// movedTo is not for a future, where only the first of a heap changes.
+func (n *futureNode) movedTo(int) {}

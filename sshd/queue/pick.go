@@ -1,8 +1,6 @@
 package queue
 
 import (
-	"cmp"
-	"container/heap"
 	"fmt"
 	"slices"
 	"strings"
@@ -71,7 +69,7 @@ func (n *node) mayNeed(want needs) bool {
 // are anything that a build file asks for.
 type class struct {
 	needs   needs
-	tenants places
+	tenants heap[*place]
 	places  []*place // of all nodes
 	jobs    int      // that wait
 }
@@ -83,23 +81,17 @@ type place struct {
 	node  *node
 	class *class
 	up    *place // the tenant's, nil for a tenant
-	users places
-	jobs  entries
+	users heap[*place]
+	jobs  heap[*entry]
 	index int // in the heap above; -1 outside
 }
 
-// head is the job that starts when this place is next.
-func (p *place) head() *entry {
-	if p.up != nil {
-		return p.jobs.first()
-	}
-	if len(p.users) == 0 {
-		return nil
-	}
-	return p.users[0].head()
-}
+func (p *place) movedTo(i int) { p.index = i }
 
-func (p *place) heap() *places {
+// head is the job that starts when the class's turn comes; there must be one.
+func (cl *class) head() *entry { return cl.tenants[0].item.users[0].item.jobs[0].item }
+
+func (p *place) above() *heap[*place] {
 	if p.up != nil {
 		return &p.up.users
 	}
@@ -108,14 +100,14 @@ func (p *place) heap() *places {
 
 // settle puts p where it belongs after its jobs or its node's numbers changed.
 func (p *place) settle() {
-	in := p.node.eligible() && p.head() != nil
-	switch h := p.heap(); {
+	in := p.node.eligible() && len(p.users)+len(p.jobs) > 0
+	switch h := p.above(); {
 	case in && p.index < 0:
-		heap.Push(h, p)
+		h.push(p.node.standing(), p)
 	case in:
-		heap.Fix(h, p.index)
+		h.move(p.index, p.node.standing())
 	case p.index >= 0:
-		heap.Remove(h, p.index)
+		h.remove(p.index)
 	}
 }
 
@@ -166,7 +158,7 @@ func (c *Core) enqueue(e *entry) {
 func (c *Core) insert(e *entry) {
 	e.place = placeOf(c.nodeOf(e), c.classOf(e))
 	e.place.class.jobs++
-	heap.Push(&e.place.jobs, e)
+	e.place.jobs.push(e.standing(), e)
 }
 
 // dequeue takes a job out of its user's queue if it stands there.
@@ -175,7 +167,7 @@ func (c *Core) dequeue(e *entry) {
 		return
 	}
 	cl := e.place.class
-	heap.Remove(&e.place.jobs, e.index)
+	e.place.jobs.remove(e.index)
 	e.place = nil
 	c.count(c.nodeOf(e), -1, 0)
 	settlePlaces(c.nodeOf(e))
@@ -227,7 +219,7 @@ func (c *Core) pick(r *Runner) *entry {
 			if cl.needs.pool != pool || len(cl.tenants) == 0 || r.lacks(&cl.needs) != "" {
 				continue
 			}
-			if e := cl.tenants[0].head(); best == nil || before(e, best) {
+			if e := cl.head(); best == nil || before(e, best) {
 				best = e
 			}
 		}
@@ -250,14 +242,22 @@ func before(a, b *entry) bool {
 	return ua.parent.compare(ub.parent) < 0
 }
 
-// rank orders the jobs of one user: one that failed without its fault first, then as
+// standing orders the jobs of one user: one that failed without its fault first, then as
 // the user wants, then first come first served.
-func (e *entry) rank(o *entry) int {
-	return cmp.Or(
-		-cmp.Compare(b2i(e.Attempt > 0), b2i(o.Attempt > 0)),
-		-cmp.Compare(e.Spec.Priority, o.Spec.Priority),
-		cmp.Compare(e.ID, o.ID))
+func (e *entry) standing() key {
+	first := -int64(e.Spec.Priority)
+	if e.Attempt > 0 {
+		first -= triedBefore
+	}
+	return key{first, e.ID}
 }
+
+// triedBefore outweighs every priority, of which the largest is a hundred.
+const triedBefore = 1 << 32
+
+func (e *entry) movedTo(i int) { e.index = i }
+
+func (e *entry) rank(o *entry) int { return e.standing().compare(o.standing()) }
 
 // Lacks says in words what a runner lacks for a job, "" for nothing.
 func (c *Core) Lacks(r *Runner, rec *job.Record) string {
@@ -332,59 +332,6 @@ func (e *entry) offer() job.Offer {
 		o.Say = fmt.Sprintf("attempt %d: %s", e.Attempt, e.Note)
 	}
 	return o
-}
-
-// places is a heap of places by virtual time.
-type places []*place
-
-func (h places) Len() int           { return len(h) }
-func (h places) Less(i, j int) bool { return h[i].node.compare(h[j].node) < 0 }
-func (h places) Swap(i, j int) {
-	h[i], h[j] = h[j], h[i]
-	h[i].index, h[j].index = i, j
-}
-func (h *places) Push(x any) {
-	p := x.(*place)
-	p.index = len(*h)
-	*h = append(*h, p)
-}
-func (h *places) Pop() any {
-	old := *h
-	p := old[len(old)-1]
-	old[len(old)-1] = nil
-	*h = old[:len(old)-1]
-	p.index = -1
-	return p
-}
-
-// entries is a heap of one user's jobs of one class.
-type entries []*entry
-
-func (h entries) Len() int           { return len(h) }
-func (h entries) Less(i, j int) bool { return h[i].rank(h[j]) < 0 }
-func (h entries) Swap(i, j int) {
-	h[i], h[j] = h[j], h[i]
-	h[i].index, h[j].index = i, j
-}
-func (h *entries) Push(x any) {
-	e := x.(*entry)
-	e.index = len(*h)
-	*h = append(*h, e)
-}
-func (h *entries) Pop() any {
-	old := *h
-	e := old[len(old)-1]
-	old[len(old)-1] = nil
-	*h = old[:len(old)-1]
-	e.index = -1
-	return e
-}
-
-func (h entries) first() *entry {
-	if len(h) == 0 {
-		return nil
-	}
-	return h[0]
 }
 
 // day is the number of a UTC day.

@@ -73,17 +73,14 @@ type Core struct {
 	runners map[string]*Runner // by the fingerprint of their key
 	idlers  []*Runner          // connected and waiting for work, in the order they are served
 
-	dirty   map[int64]bool   // jobs to write
-	ended   []*entry         // jobs that finished since the last Flush
-	charged map[*node]bool   // nodes to write
-	met     map[*Runner]bool // runners to write
-	meta    bool             // counters to write
-	out     Effects
+	changes
+	out Effects
 }
 
-// An entry is an unfinished job with what the core needs beside its record.
+// An entry is an unfinished job with what the core needs beside its record. That comes
+// first, with the id and the state: a job that starts was not looked at for long, and
+// each part of it has to be fetched from memory.
 type entry struct {
-	job.Record
 	user    *node
 	place   *place // where it waits, nil when it does not
 	index   int    // in place's heap
@@ -91,6 +88,8 @@ type entry struct {
 	granted Millis
 	charge  Millis // GPU-milliseconds charged for this attempt so far
 	written bool   // it has a row
+	dirty   bool   // and that is not what it should be
+	job.Record
 }
 
 // A Runner is one slot, as its last hello described it.
@@ -121,7 +120,7 @@ type Runner struct {
 type Effects struct {
 	Offers  []Offer
 	Stops   []Stop
-	Changed []job.Record // every job that changed its state, as it is now
+	Changed []*job.Record // every job that changed its state, as it was then; nobody may write to it
 }
 
 // An Offer goes to the runner that holds the new lease.
@@ -142,7 +141,7 @@ func New(p Policy) *Core {
 	return &Core{
 		policy: p, next: 1,
 		jobs: map[int64]*entry{}, active: map[int64]*entry{}, pools: map[string]*node{}, classes: map[needs]*class{}, runners: map[string]*Runner{},
-		dirty: map[int64]bool{}, charged: map[*node]bool{}, met: map[*Runner]bool{},
+		changes: changes{met: map[*Runner]bool{}},
 	}
 }
 
@@ -180,7 +179,7 @@ func (s Submit) apply(c *Core, now Millis) (any, error) {
 	}
 	for n := u; n.parent != nil; n = n.parent {
 		n.day, n.today = day(now), n.submitted(now)+1
-		c.charged[n] = true
+		c.write(n)
 	}
 	e.ID, e.State, e.Attempt = c.next, job.Queued, 0
 	e.QueuedAt = at(now)
@@ -188,9 +187,7 @@ func (s Submit) apply(c *Core, now Millis) (any, error) {
 	c.meta = true
 	c.jobs[e.ID] = e
 	c.enqueue(e)
-	c.changed(e)
-	r := e.Record
-	return &r, nil
+	return c.changed(e), nil
 }
 
 // admit checks the caps on waiting jobs and on jobs a day.
@@ -234,8 +231,7 @@ func (x Cancel) apply(c *Core, now Millis) (any, error) {
 		c.changed(e)
 		c.out.Stops = append(c.out.Stops, Stop{Runner: e.Holder, Lease: e.Lease()})
 	}
-	r := e.Record
-	return &r, nil
+	return e.record(), nil
 }
 
 // Join says that a runner is connected. A lease it was thought to hold and does not
@@ -364,7 +360,7 @@ type Pause struct {
 func (p Pause) apply(c *Core, _ Millis) (any, error) {
 	n := c.pool(p.Pool)
 	n.paused = p.On
-	c.charged[n] = true
+	c.write(n)
 	return nil, nil
 }
 
@@ -427,8 +423,7 @@ func (f Finish) apply(c *Core, now Millis) (any, error) {
 		e.Archive, e.Log, e.LogBytes = f.Archive, f.Log, f.LogBytes
 		c.finish(e, now, f.Result)
 	}
-	r := e.Record
-	return &r, nil
+	return e.record(), nil
 }
 
 // Tick lets time pass: leases that were not renewed are taken back. The reply is nil.
@@ -558,9 +553,8 @@ func (c *Core) finish(e *entry, now Millis, res job.Result) {
 		e.QueueWaitMS = max(0, now-e.QueuedAt.UnixMilli())
 	}
 	delete(c.jobs, e.ID)
-	delete(c.dirty, e.ID)
 	c.ended = append(c.ended, e)
-	c.out.Changed = append(c.out.Changed, e.Record)
+	c.out.Changed = append(c.out.Changed, e.record())
 }
 
 // verdict is the state a result leads to. A job that was being cancelled and ended
@@ -575,9 +569,22 @@ func verdict(res job.Result) job.State {
 	return job.Failed
 }
 
-func (c *Core) changed(e *entry) {
-	c.dirty[e.ID] = true
-	c.out.Changed = append(c.out.Changed, e.Record)
+// changed notes that a job changed its state, and returns its record.
+func (c *Core) changed(e *entry) *job.Record {
+	c.writeJob(e)
+	r := e.record()
+	c.out.Changed = append(c.out.Changed, r)
+	return r
+}
+
+// record is what others may keep of a job: a copy, unless it has ended, when its record
+// never changes again.
+func (e *entry) record() *job.Record {
+	if e.State.Final() {
+		return &e.Record
+	}
+	r := e.Record
+	return &r
 }
 
 // Effects returns what happened since the last call, beside the rows.

@@ -832,6 +832,35 @@ func TestPriorityIsOnesOwn(t *testing.T) {
 	}
 }
 
+// TestOwnOrder: of one's own jobs, what failed without its fault goes first, then what
+// one wants first, then what came first.
+func TestOwnOrder(t *testing.T) {
+	var all []*entry
+	for i, j := range []struct{ attempt, priority int }{{1, 0}, {2, 0}, {1, -100}, {0, 100}, {0, 0}, {0, 0}, {0, -100}} {
+		e := &entry{}
+		e.ID, e.Attempt, e.Spec.Priority = int64(i+1), j.attempt, j.priority
+		all = append(all, e)
+	}
+	for i, a := range all {
+		for k, b := range all {
+			if got := a.rank(b); got < 0 != (i < k) || got > 0 != (i > k) {
+				t.Errorf("rank(%d, %d) = %d", i+1, k+1, got)
+			}
+		}
+	}
+}
+
+// TestNoRowOfTheEnded: a job that came and went between two commits was never waiting.
+func TestNoRowOfTheEnded(t *testing.T) {
+	w := newWorld(t)
+	w.do(Cancel{Job: w.submit("ada", "")})
+	for _, row := range w.c.Flush() {
+		if row.Table == TableJob {
+			t.Errorf("row %s %s is written", row.Table, row.Key)
+		}
+	}
+}
+
 func TestExpressTakesShortJobsOnly(t *testing.T) {
 	p := DefaultPolicy()
 	p.Express = 120_000

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -64,6 +65,43 @@ type jobRow struct {
 	Charge  Millis `json:"charge,omitempty"`
 }
 
+// Changes are the rows to write. What may change with every decision says itself
+// whether it is among them already, which costs less than to ask a map.
+type changes struct {
+	dirty   []*entry         // jobs
+	ended   []*entry         // jobs that finished since the last Flush
+	charged []*node          // nodes
+	met     map[*Runner]bool // runners
+	meta    bool             // counters
+}
+
+func (c *changes) writeJob(e *entry) {
+	if !e.dirty {
+		e.dirty = true
+		c.dirty = append(c.dirty, e)
+	}
+}
+
+func (c *changes) write(n *node) {
+	if !n.dirty {
+		n.dirty = true
+		c.charged = append(c.charged, n)
+	}
+}
+
+// wrote forgets what has been written.
+func (c *changes) wrote() {
+	for _, e := range c.dirty {
+		e.dirty = false
+	}
+	for _, n := range c.charged {
+		n.dirty = false
+	}
+	clear(c.met)
+	clear(c.dirty) // or an ended job would stay
+	*c = changes{dirty: c.dirty[:0], charged: c.charged[:0], met: c.met}
+}
+
 // Flush returns the rows that changed since the last call, in an order that
 // depends on nothing but the commands.
 func (c *Core) Flush() []Write {
@@ -72,15 +110,19 @@ func (c *Core) Flush() []Write {
 	if c.meta {
 		put(TableMeta, "core", metaRow{c.next, c.fence, c.turns})
 	}
-	for _, n := range sorted(c.charged, func(n *node) string { return n.key }) {
+	slices.SortFunc(c.charged, func(a, b *node) int { return cmp.Compare(a.key, b.key) })
+	for _, n := range c.charged {
 		put(TableNode, n.key, nodeRow{n.used, n.rem, n.turn, n.start, n.guess, n.spread, n.day, n.today, n.paused})
 	}
-	for _, r := range sorted(c.met, func(r *Runner) string { return r.ID }) {
+	for _, r := range slices.SortedFunc(maps.Keys(c.met), func(a, b *Runner) int { return cmp.Compare(a.ID, b.ID) }) {
 		put(TableRunner, r.ID, r)
 	}
-	for _, id := range sorted(c.dirty, func(id int64) int64 { return id }) {
-		e := c.jobs[id]
-		w = append(w, Write{Row: Row{TableJob, Key(id), encode(jobRow{e.Record, e.granted, e.charge})}, New: !e.written})
+	slices.SortFunc(c.dirty, func(a, b *entry) int { return cmp.Compare(a.ID, b.ID) })
+	for _, e := range c.dirty {
+		if e.State.Final() { // it is in ended
+			continue
+		}
+		w = append(w, Write{Row: Row{TableJob, Key(e.ID), encode(jobRow{e.Record, e.granted, e.charge})}, New: !e.written})
 		e.written = true
 	}
 	for _, e := range c.ended {
@@ -91,10 +133,7 @@ func (c *Core) Flush() []Write {
 		past.New = true
 		w = append(w, past)
 	}
-	c.meta, c.ended = false, nil
-	clear(c.charged)
-	clear(c.met)
-	clear(c.dirty)
+	c.wrote()
 	return w
 }
 
@@ -185,13 +224,4 @@ func encode(v any) []byte {
 		panic("queue: a row that is not JSON: " + err.Error()) // our own types; cannot happen
 	}
 	return b
-}
-
-func sorted[K comparable, S cmp.Ordered](set map[K]bool, by func(K) S) []K {
-	keys := make([]K, 0, len(set))
-	for k := range set {
-		keys = append(keys, k)
-	}
-	slices.SortFunc(keys, func(a, b K) int { return cmp.Compare(by(a), by(b)) })
-	return keys
 }

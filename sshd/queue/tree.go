@@ -12,25 +12,27 @@ import (
 // user's jobs. Its virtual time counts micro-GPU-seconds per unit of weight, in
 // integers, so that no machine rounds differently.
 type node struct {
-	key      string // "pool", "pool/tenant", "pool/tenant/user": its row in the store
-	parent   *node
-	children map[string]*node // nil for a user
-	places   []*place         // where it stands in the order, one for each class of jobs
-	weight   int64            // 1 to 1000; a share of 2 gets twice as much
-	caps     Caps
-
 	used    int64 // F: what it was charged, by weight
-	rem     int64 // what the division by weight left over
 	turn    int64 // when it last turned eligible or started a job: breaks ties, so there are none
-	start   int64 // V of the level below: the largest F anything was dispatched at; never falls
 	queued  int   // queued jobs below
 	running int   // running jobs below
-	paused  bool  // pools only: nothing starts
+	caps    Caps
+	paused  bool // pools only: nothing starts
+	dirty   bool // its row is not what it should be
+
+	parent *node
+	weight int64    // 1 to 1000; a share of 2 gets twice as much
+	rem    int64    // what the division by weight left over
+	start  int64    // V of the level below: the largest F anything was dispatched at; never falls
+	places []*place // where it stands in the order, one for each class of jobs
 
 	guess  Millis // running mean of the length of jobs; 0 before the first. Users and pools
 	spread Millis // running mean of how far they were from it
 	day    int64  // days since the epoch
 	today  int    // jobs submitted on that day
+
+	key      string           // "pool", "pool/tenant", "pool/tenant/user": its row in the store
+	children map[string]*node // nil for a user
 }
 
 // Caps bound what one user or one team has at once. Zero is no bound.
@@ -97,13 +99,13 @@ func (c *Core) goBehind(n *node) {
 	c.turns++
 	n.turn = c.turns
 	c.meta = true
-	c.charged[n] = true
+	c.write(n)
 }
 
-// compare orders two nodes of one level: who is smaller goes first.
-func (n *node) compare(o *node) int {
-	return cmp.Or(cmp.Compare(n.used, o.used), cmp.Compare(n.turn, o.turn))
-}
+// standing orders the nodes of one level: who was charged least goes first.
+func (n *node) standing() key { return key{n.used, n.turn} }
+
+func (n *node) compare(o *node) int { return n.standing().compare(o.standing()) }
 
 // count changes how many jobs wait and run below u, all the way up, and lifts whom
 // that makes eligible.
@@ -132,11 +134,11 @@ func (c *Core) charge(e *entry, total Millis) {
 	u := c.nodeOf(e)
 	for n := u; n.parent != nil; n = n.parent {
 		n.pay(total - e.charge)
-		c.charged[n] = true
+		c.write(n)
 	}
 	e.charge = total
 	e.ChargedS = float64(total) / 1000
-	c.dirty[e.ID] = true // with its nodes, or a reload would charge the difference twice
+	c.writeJob(e) // with its nodes, or a reload would charge the difference twice
 	settlePlaces(u)
 }
 
@@ -158,7 +160,7 @@ func (c *Core) started(u *node) {
 	for n := u; n.parent != nil; n = n.parent {
 		if n.used > n.parent.start {
 			n.parent.start = n.used
-			c.charged[n.parent] = true
+			c.write(n.parent)
 		}
 		c.goBehind(n)
 	}
@@ -189,7 +191,7 @@ func (c *Core) settle(e *entry, now Millis, cancelled bool) {
 	u := c.nodeOf(e)
 	u.learn(took)
 	u.parent.parent.learn(took)
-	c.charged[u.parent.parent] = true
+	c.write(u.parent.parent)
 	if cancelled {
 		took = max(took, c.policy.MinGo)
 	}
