@@ -28,6 +28,7 @@ import (
 	"github.com/rai-project/raid/sshd/brain"
 	"github.com/rai-project/raid/sshd/queue"
 	"github.com/rai-project/raid/sshd/store"
+	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
 // benchQueue drives brain and SQLite in this process: a cycle is a submit, a lease and
@@ -92,7 +93,7 @@ type asynqPeer struct {
 }
 
 func (b *bench) startAsynq(fsync string) *asynqPeer {
-	port := freePort(b)
+	port := redistest.Port(b, "127.0.0.1")
 	dir, err := os.MkdirTemp(b.dir, "asynq-")
 	if err != nil {
 		b.Fatal(err)

@@ -22,6 +22,7 @@ import (
 
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
 // A server is something that ssh can talk to.
@@ -328,7 +329,7 @@ func (b *bench) startSSHD(t *testing.T) server {
 		t.Fatal(err)
 	}
 	os.MkdirAll("/run/sshd", 0o755)
-	s := server{login: me.Username, port: freePort(t), key: filepath.Join(b.dir, "admin"), known: filepath.Join(b.dir, "known_hosts")}
+	s := server{login: me.Username, port: redistest.Port(t, "127.0.0.1"), key: filepath.Join(b.dir, "admin"), known: filepath.Join(b.dir, "known_hosts")}
 	config := filepath.Join(b.dir, "sshd_config")
 	text := fmt.Sprintf("Port %s\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nPrintMotd no\nPidFile none\nLogLevel ERROR\n",
 		s.port, filepath.Join(b.dir, "host_key"), filepath.Join(b.dir, "admin.pub"))
@@ -342,17 +343,6 @@ func (b *bench) startSSHD(t *testing.T) server {
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	waitPort(t, s.port)
 	return s
-}
-
-func freePort(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
 }
 
 func waitPort(t testing.TB, port string) {
@@ -379,7 +369,7 @@ func (b *bench) startRedis(t *testing.T) *redisServer {
 
 func (b *bench) startRedisWith(t *testing.T, more ...string) *redisServer {
 	t.Helper()
-	port := freePort(t)
+	port := redistest.Port(t, "127.0.0.1")
 	dir := filepath.Join(b.dir, "redis-"+port)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/sshd/blob/blobtest"
+	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
 // TestCluster is TestCrash with three raids on one Redis and one bucket: they, their runners and Redis
@@ -53,8 +54,7 @@ func newCluster(t *testing.T, seed uint64, local int) *clusterTest {
 	s3 := blobtest.StartServer(t)
 	bucket, err := s3.NewBucket(t.Context())
 	c.must(err)
-	c.port, err = ownPort(crashHost)
-	c.must(err)
+	c.port = redistest.Port(c.T, crashHost)
 	for i := range clusterSize {
 		p, err := newProxy(crashHost, crashHost, c.port)
 		c.must(err)

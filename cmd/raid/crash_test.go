@@ -25,6 +25,7 @@ import (
 
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
 // TestCrash kills raid and its runners at random moments while people submit, follow
@@ -174,9 +175,7 @@ func (c *crash) build(host, more string) *crashHouse {
 	c.Helper()
 	dir := sharedTemp(c.T)
 	h := &crashHouse{w: newWorld(c.T, dir, buildPrograms(c.T))}
-	port, err := ownPort(host)
-	c.must(err)
-	h.addr = net.JoinHostPort(host, port)
+	h.addr = net.JoinHostPort(host, redistest.Port(c.T, host))
 	c.must(os.WriteFile(filepath.Join(dir, "raid.toml"), []byte(more+"[limits]\nmemory = \"256MiB\"\ndisk = \"64MiB\"\n"), 0o644))
 	if c.houses = append(c.houses, h); c.w == nil {
 		c.w = h.w

@@ -7,10 +7,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -27,6 +25,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/rai-project/raid/runner/box/docker/dockertest"
+	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
 // cmdMktar writes a tar as no tar(1) would:
@@ -349,26 +348,8 @@ func (w *world) redisPort(ts *testscript.TestScript) {
 	if w.redisAt != "" {
 		return
 	}
-	var err error
-	w.redisAt, err = ownPort("127.0.0.1")
-	ts.Check(err)
+	w.redisAt = redistest.Port(w.tb, "127.0.0.1")
 	ts.Setenv("REDIS", w.redisAt)
-}
-
-// ownPort finds a port that nobody else is given while nothing listens on it, because it
-// is none of those that the kernel chooses for whoever has no wish.
-func ownPort(host string) (string, error) {
-	for {
-		port := strconv.Itoa(10_000 + rand.IntN(20_000)) // below net.ipv4.ip_local_port_range
-		l, err := net.Listen("tcp", net.JoinHostPort(host, port))
-		if errors.Is(err, syscall.EADDRINUSE) {
-			continue
-		}
-		if err != nil {
-			return "", err
-		}
-		return port, l.Close()
-	}
 }
 
 // startRedis starts it without a disk, or with the files that it had before.

@@ -188,7 +188,7 @@ func TestParseBuildErrors(t *testing.T) {
 			if !strings.Contains(be.Hint, tt.hint) {
 				t.Errorf("hint = %q, want %q", be.Hint, tt.hint)
 			}
-			if d := time.Since(start); d > 5*time.Second {
+			if d := time.Since(start); d > 10*time.Second {
 				t.Errorf("ParseBuild took %v", d)
 			}
 		})

@@ -186,13 +186,13 @@ func TestRedisHangs(t *testing.T) {
 	defer s.signal(syscall.SIGCONT)
 	start := time.Now()
 	rev, err := a.Commit(t.Context(), a.rev, numbered(a.next))
-	if took := time.Since(start); took > 10*time.Second || !errors.Is(err, store.ErrAmbiguous) {
-		t.Errorf("Commit to a Redis that hangs = %d, %v after %v, want ErrAmbiguous in 10 s", rev, err, took)
+	if took := time.Since(start); took > 20*time.Second || !errors.Is(err, store.ErrAmbiguous) {
+		t.Errorf("Commit to a Redis that hangs = %d, %v after %v, want ErrAmbiguous in 20 s", rev, err, took)
 	}
 	start = time.Now()
 	_, err = a.Load(t.Context(), []string{"many"}, func(queue.Row) error { return nil })
-	if took := time.Since(start); took > 6*time.Second || !errors.Is(err, store.ErrUnavailable) {
-		t.Errorf("Load from a Redis that hangs = %v after %v, want ErrUnavailable in 6 s", err, took)
+	if took := time.Since(start); took > 20*time.Second || !errors.Is(err, store.ErrUnavailable) {
+		t.Errorf("Load from a Redis that hangs = %v after %v, want ErrUnavailable in 20 s", err, took)
 	}
 	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()

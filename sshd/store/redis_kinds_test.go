@@ -23,18 +23,6 @@ import (
 	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
-// freePort is one that was free a moment ago.
-func freePort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
-}
-
 // works commits to what a URL names, and reads it back.
 func works(t *testing.T, url string) {
 	t.Helper()
@@ -68,7 +56,7 @@ func works(t *testing.T, url string) {
 func TestRedisTLS(t *testing.T) {
 	dir := t.TempDir()
 	cert, key := selfSigned(t, dir)
-	port := freePort(t)
+	port := redistest.Port(t, "127.0.0.1")
 	startRedis(t, "--tls-port", port, "--bind", "127.0.0.1", "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert, "--tls-auth-clients", "yes")
 	at := "rediss://127.0.0.1:" + port + "?ca=" + url.QueryEscape(cert)
 	works(t, at+"&cert="+url.QueryEscape(cert)+"&key="+url.QueryEscape(key))
@@ -112,7 +100,7 @@ func TestRedisCluster(t *testing.T) {
 	var nodes []string
 	var db *redis.Client
 	for i := range 2 { // as many as it takes for a slot to be elsewhere
-		port := freePort(t)
+		port := redistest.Port(t, "127.0.0.1")
 		startRedis(t, "--cluster-enabled", "yes", "--port", port, "--bind", "127.0.0.1", "--cluster-announce-ip", "127.0.0.1")
 		nodes = append(nodes, "127.0.0.1:"+port)
 		db = redis.NewClient(&redis.Options{Addr: nodes[i], DisableIdentity: true})
@@ -140,7 +128,7 @@ func TestRedisCluster(t *testing.T) {
 
 // TestRedisSentinel: the master is found by those who watch it.
 func TestRedisSentinel(t *testing.T) {
-	port, watcher := freePort(t), freePort(t)
+	port, watcher := redistest.Port(t, "127.0.0.1"), redistest.Port(t, "127.0.0.1")
 	startRedis(t, "--port", port, "--bind", "127.0.0.1")
 	conf := filepath.Join(t.TempDir(), "sentinel.conf")
 	if err := os.WriteFile(conf, fmt.Appendf(nil, "sentinel monitor m 127.0.0.1 %s 1\n", port), 0o600); err != nil {
@@ -158,7 +146,7 @@ func TestRedisSentinel(t *testing.T) {
 // goes on there with all that the replica has heard of; the old one comes back and changes
 // nothing.
 func TestRedisFailover(t *testing.T) {
-	port, second, watcher := freePort(t), freePort(t), freePort(t)
+	port, second, watcher := redistest.Port(t, "127.0.0.1"), redistest.Port(t, "127.0.0.1"), redistest.Port(t, "127.0.0.1")
 	first := startRedis(t, "--port", port, "--bind", "127.0.0.1")
 	startRedis(t, "--port", second, "--bind", "127.0.0.1", "--replicaof", "127.0.0.1 "+port)
 	conf := filepath.Join(t.TempDir(), "sentinel.conf")

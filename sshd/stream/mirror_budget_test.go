@@ -20,6 +20,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/rai-project/raid/runner/job"
+	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
 // All streams together stay within their bound: a job that finds no room is not mirrored,
@@ -148,7 +149,7 @@ func TestMirrorURLs(t *testing.T) {
 		},
 		"TLS": func(t *testing.T) (*server, string) {
 			cert, key := certificate(t)
-			port := freePort(t)
+			port := redistest.Port(t, "127.0.0.1")
 			r := startRedis(t, "--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert, "--tls-auth-clients", "no")
 			return r, "rediss://127.0.0.1:" + port + "?ca=" + cert
 		},
@@ -224,22 +225,11 @@ func certificate(t *testing.T) (cert, key string) {
 	return write("cert", "CERTIFICATE", der), write("key", "PRIVATE KEY", private)
 }
 
-func freePort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
-}
-
 // startSentinel starts one that watches a master named mine.
 func startSentinel(t *testing.T, master string) string {
 	t.Helper()
 	host, port, _ := net.SplitHostPort(master)
-	conf, own := filepath.Join(t.TempDir(), "sentinel.conf"), freePort(t)
+	conf, own := filepath.Join(t.TempDir(), "sentinel.conf"), redistest.Port(t, "127.0.0.1")
 	if err := os.WriteFile(conf, fmt.Appendf(nil, "bind 127.0.0.1\nport %s\nsentinel monitor mine %s %s 1\n", own, host, port), 0o600); err != nil {
 		t.Fatal(err)
 	}

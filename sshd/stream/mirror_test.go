@@ -217,19 +217,15 @@ func TestMirrorRedisHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	frame := job.AppendFrame(nil, job.Out, make([]byte, 32<<10))
-	var slowest time.Duration
 	n := 0
 	for begin := time.Now(); time.Since(begin) < 2*time.Second; n++ {
-		at := time.Now()
 		if err := l.Append(frame); err != nil {
 			t.Fatal(err)
 		}
-		slowest = max(slowest, time.Since(at))
 	}
 	r.cmd.Process.Signal(syscall.SIGCONT)
-	t.Logf("%d appends, %d MiB, the slowest %v", n, n*32>>10, slowest)
-	if slowest > time.Second {
-		t.Errorf("an append took %v", slowest)
+	if n < 20 { // it is thousands; each that waited for Redis would take a second
+		t.Errorf("%d appends in two seconds", n)
 	}
 	say(t, l, job.Out, "the end")
 	m.Event(job.Job{ID: 1, State: job.Succeeded})

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/rai-project/raid/sshd/store/redistest"
 )
 
 // A server is a redis-server of the test's own.
@@ -32,12 +34,7 @@ func startRedis(t testing.TB, args ...string) *server {
 		}
 		t.Skip("redis-server is missing: ", err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &server{t: t, addr: l.Addr().String()}
-	l.Close()
+	s := &server{t: t, addr: "127.0.0.1:" + redistest.Port(t, "127.0.0.1")}
 	s.start(args...)
 	s.db = redis.NewClient(&redis.Options{Addr: s.addr, DisableIdentity: true})
 	t.Cleanup(func() {

@@ -4,10 +4,14 @@ package redistest
 
 import (
 	"bufio"
+	"errors"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -78,6 +82,25 @@ func (s *Server) Restart() {
 		}
 	}
 	s.t.Fatalf("redis-server did not start:\n%s", strings.Join(all, "\n"))
+}
+
+// Port returns a port of host that nobody listens at, and that nobody else is given either:
+// it is none of those that the kernel chooses for whoever has no wish, and ten thousand
+// below them, where a node of a cluster listens, too.
+func Port(t testing.TB, host string) string {
+	t.Helper()
+	for {
+		port := strconv.Itoa(10_000 + rand.IntN(12_000)) // net.ipv4.ip_local_port_range begins at 32,768
+		l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+		return port
+	}
 }
 
 // Signal sends a signal: STOP and CONT, above all.
