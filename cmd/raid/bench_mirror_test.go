@@ -59,7 +59,7 @@ func mirrorStopped(b *bench) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	r, redis := b.raids["mirror"], b.redis.cmd.Process
+	r, redis := b.raids["mirror"], b.redis
 	var stopped, none pace
 	var during stream.MirrorStats
 	from, most := peak(b, r.pid, func() {

@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"sync"
@@ -94,19 +93,11 @@ type asynqPeer struct {
 
 func (b *bench) startAsynq(fsync string) *asynqPeer {
 	port := redistest.Port(b, "127.0.0.1")
-	dir, err := os.MkdirTemp(b.dir, "asynq-")
-	if err != nil {
-		b.Fatal(err)
-	}
-	cmd := exec.Command("redis-server", "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", fsync, "--dir", dir)
-	if err := cmd.Start(); err != nil {
-		b.Fatalf("redis-server: %v", err)
-	}
-	waitPort(b, port)
+	db := redistest.StartPlain(b, "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", fsync, "--dir", b.TempDir())
 	to := asynq.RedisClientOpt{Addr: "127.0.0.1:" + port}
 	p := &asynqPeer{bench: b, addr: to.Addr, client: asynq.NewClient(to)}
 	srv := asynq.NewServer(to, asynq.Config{Concurrency: 256, LogLevel: asynq.FatalLevel})
-	err = srv.Start(asynq.HandlerFunc(func(_ context.Context, t *asynq.Task) error {
+	err := srv.Start(asynq.HandlerFunc(func(_ context.Context, t *asynq.Task) error {
 		if done, ok := p.handled.LoadAndDelete(string(t.Payload())); ok {
 			close(done.(chan struct{}))
 		}
@@ -118,8 +109,7 @@ func (b *bench) startAsynq(fsync string) *asynqPeer {
 	p.stop = func() {
 		p.client.Close()
 		srv.Shutdown()
-		cmd.Process.Kill()
-		cmd.Wait()
+		db.Kill()
 	}
 	return p
 }
@@ -462,27 +452,12 @@ func benchRestart(b *bench) {
 	start := time.Now()
 	r := b.startRaid(b.T, "restart", "")
 	listens := time.Since(start)
-	pid := r.runnerPIDSoon(b)
 	j := r.wait(b, 1, func(s job.State) bool { return s != job.Queued })
 	ms := float64(j.StartedAt.Sub(start).Milliseconds())
 	syscall.Kill(r.pid, syscall.SIGKILL) // or it would run the other 99,999
-	syscall.Kill(pid, syscall.SIGTERM)   // the runner removes its boxes; it is told twice,
-	time.Sleep(100 * time.Millisecond)   // for it has nobody to deliver its job to
-	syscall.Kill(pid, syscall.SIGTERM)
+	syscall.Kill(r.runnerPID(b), goNow)  // it removes its boxes, and has nobody to deliver its job to
 	b.Logf("listens after %v", listens)
 	b.number("restart with 100,000 queued jobs → first dispatch", fmt.Sprintf("%.0f ms", ms), "≤ 2,000 ms", ms <= 2000)
-}
-
-// runnerPIDSoon waits for the local runner of a raid that was just started.
-func (r *raid) runnerPIDSoon(b *bench) int {
-	lock := filepath.Join(r.state, "runners", "0", "lock")
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if text, err := os.ReadFile(lock); err == nil && len(text) > 0 {
-			return r.runnerPID(b)
-		}
-	}
-	b.Fatal("no local runner")
-	return 0
 }
 
 // fill queues jobs of 1,000 people into the store of a state folder.

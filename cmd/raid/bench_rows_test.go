@@ -68,7 +68,7 @@ func benchBox(b *bench) {
 		b.number("start of a warm box: first byte", s["box"].in("ms"), "≤ 5 ms", s["box"].median() <= 5)
 		return
 	}
-	s := b.race(9, append(cs, contestant{"docker", func() float64 { return dockerFirstByte(b) }})...)
+	s := b.race(9, append(cs, contestant{"docker", func() float64 { return b.dockerFirstByte(b.image, "/echo") }})...)
 	b.versus("start of a warm box: first byte", s["box"], s["docker"], "docker run", 0.03)
 	b.number("the same, alone", s["box"].in("ms"), "≤ 5 ms", s["box"].median() <= 5)
 }
@@ -94,23 +94,6 @@ func orderToByte(b *bench, x *openBox) float64 {
 			if k == job.Out {
 				return
 			}
-		}
-	})
-}
-
-func dockerFirstByte(b *bench) float64 {
-	cmd := exec.Command("docker", "run", "--rm", b.image, "/echo")
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer cmd.Wait()
-	return timed(func() {
-		if err := cmd.Start(); err != nil {
-			b.Fatal(err)
-		}
-		if _, err := io.ReadFull(out, make([]byte, 1)); err != nil {
-			b.Fatal(err)
 		}
 	})
 }
@@ -323,8 +306,7 @@ func benchBlocked(b *bench) {
 		contestant{"stopped reader", func() float64 { return b.printingTo(main) }},
 		contestant{"Redis", func() float64 { return b.printing(mirror, nil, nil) }},
 		contestant{"stopped Redis", func() float64 {
-			p := b.redis.cmd.Process
-			return b.printing(mirror, func() { p.Signal(syscall.SIGSTOP) }, func() { p.Signal(syscall.SIGCONT) })
+			return b.printing(mirror, func() { b.redis.Signal(syscall.SIGSTOP) }, func() { b.redis.Signal(syscall.SIGCONT) })
 		}})
 	b.blockedRow("a job of 256 MiB, its reader stopped (ssh in SIGSTOP)", s["stopped reader"], s["nobody"], "nobody reads")
 	b.blockedRow("a job of 256 MiB, Redis stopped (SIGSTOP)", s["stopped Redis"], s["Redis"], "Redis runs")

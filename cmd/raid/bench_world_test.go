@@ -331,35 +331,34 @@ func (b *bench) startSSHD(t *testing.T) server {
 	os.MkdirAll("/run/sshd", 0o755)
 	s := server{login: me.Username, port: redistest.Port(t, "127.0.0.1"), key: filepath.Join(b.dir, "admin"), known: filepath.Join(b.dir, "known_hosts")}
 	config := filepath.Join(b.dir, "sshd_config")
-	text := fmt.Sprintf("Port %s\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nPrintMotd no\nPidFile none\nLogLevel ERROR\n",
+	text := fmt.Sprintf("Port %s\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nPrintMotd no\nPidFile none\nLogLevel INFO\n",
 		s.port, filepath.Join(b.dir, "host_key"), filepath.Join(b.dir, "admin.pub"))
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(path, "-D", "-e", "-f", config)
+	said, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("sshd: %v", err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	waitPort(t, s.port)
-	return s
-}
-
-func waitPort(t testing.TB, port string) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if c, err := net.Dial("tcp", "127.0.0.1:"+port); err == nil {
-			c.Close()
-			return
+	for lines := bufio.NewScanner(said); lines.Scan(); {
+		if strings.HasPrefix(lines.Text(), "Server listening on") {
+			go io.Copy(io.Discard, said) // ends with the server
+			return s
 		}
 	}
-	t.Fatalf("nothing listens on port %s", port)
+	t.Fatal("sshd does not listen")
+	return s
 }
 
 // A redisServer is a Redis of our own, without a disk.
 type redisServer struct {
+	*redistest.Server
 	url string
-	cmd *exec.Cmd
 }
 
 func (b *bench) startRedis(t *testing.T) *redisServer {
@@ -374,13 +373,8 @@ func (b *bench) startRedisWith(t *testing.T, more ...string) *redisServer {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("redis-server", append([]string{"--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", dir}, more...)...)
-	if err := cmd.Start(); err != nil {
-		t.Fatalf("redis-server: %v", err)
-	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	waitPort(t, port)
-	return &redisServer{url: "redis://127.0.0.1:" + port + "/0", cmd: cmd}
+	s := redistest.StartPlain(t, append([]string{"--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", dir}, more...)...)
+	return &redisServer{Server: s, url: "redis://127.0.0.1:" + port + "/0"}
 }
 
 const echoSource = `package main
