@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -25,6 +24,7 @@ import (
 
 	"github.com/rai-project/raid/keys"
 	"github.com/rai-project/raid/keys/dial"
+	"github.com/rai-project/raid/keys/dial/dialtest"
 	"github.com/rai-project/raid/runner/box"
 	"github.com/rai-project/raid/runner/gpu"
 	"github.com/rai-project/raid/runner/job"
@@ -219,25 +219,10 @@ type world struct {
 
 func newWorld(t *testing.T, scripts map[string]script) *world {
 	t.Helper()
-	w := &world{t: t, dir: t.TempDir(), store: store.NewMemory(), host: newSigner(t), user: newSigner(t), key: newSigner(t),
+	w := &world{t: t, dir: t.TempDir(), store: store.NewMemory(), host: dialtest.Signer(t), user: dialtest.Signer(t), key: dialtest.Signer(t),
 		engine: &fakeEngine{scripts: scripts}, policy: queue.DefaultPolicy()}
 	return w
 }
-
-func newSigner(t *testing.T) ssh.Signer {
-	t.Helper()
-	_, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := ssh.NewSignerFromSigner(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-func public(s ssh.Signer) string { return string(ssh.MarshalAuthorizedKey(s.PublicKey())) }
 
 // raid starts a raid over the state that there is, on a port of its own.
 func (w *world) raid() {
@@ -264,7 +249,7 @@ func (w *world) raid() {
 		}
 	})
 	w.t.Cleanup(halt)
-	for _, e := range []keys.Enrollment{{User: "ada", Role: keys.Student, Email: "ada@example.edu", Key: public(w.user)}, {User: "gpu0", Role: keys.Runner, Key: public(w.key)}} {
+	for _, e := range []keys.Enrollment{{User: "ada", Role: keys.Student, Email: "ada@example.edu", Key: dialtest.Line(w.user)}, {User: "gpu0", Role: keys.Runner, Key: dialtest.Line(w.key)}} {
 		if srv.Enrolled(e.Key) {
 			continue
 		}
@@ -273,7 +258,7 @@ func (w *world) raid() {
 		}
 	}
 	if w.local {
-		if err := srv.Local(public(w.key), filepath.Join(w.dir, "runner")); err != nil {
+		if err := srv.Local(dialtest.Line(w.key), filepath.Join(w.dir, "runner")); err != nil {
 			w.t.Fatal(err)
 		}
 	}
@@ -341,7 +326,7 @@ func (w *world) target(s ssh.Signer) (dial.Target, error) {
 	if w.addr == "" {
 		return dial.Target{}, errors.New("raid is away")
 	}
-	return dial.Target{Addr: w.addr, HostKeys: []string{public(w.host)}, Signers: []ssh.Signer{s}}, nil
+	return dial.Target{Addr: w.addr, HostKeys: []string{dialtest.Line(w.host)}, Signers: []ssh.Signer{s}}, nil
 }
 
 // dial is how the runner comes to raid.

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,6 +21,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/keys/dial/dialtest"
 	"github.com/rai-project/raid/runner/job"
 	"github.com/rai-project/raid/sshd"
 	"github.com/rai-project/raid/sshd/brain"
@@ -212,7 +212,7 @@ type idleRunner struct {
 
 // idleRunner starts a server on st, which stops when the bench ends.
 func (b *bench) idleRunner(st store.Store) *idleRunner {
-	host, runner, student := b.signer(), b.signer(), b.signer()
+	host, runner, student := dialtest.Signer(b), dialtest.Signer(b), dialtest.Signer(b)
 	c := defaults()
 	srv, err := sshd.New(context.Background(), sshd.Config{Dir: filepath.Join(b.dir, "offers"), HostKeys: []ssh.Signer{host}, Store: st,
 		Policy: c.policy(), Pools: c.pools(runtime.GOARCH), Limits: c.limits(), Log: log.New(io.Discard)})
@@ -226,8 +226,8 @@ func (b *bench) idleRunner(st store.Store) *idleRunner {
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(ctx, l, time.Second) }()
-	for _, e := range []keys.Enrollment{{User: "gpu1", Role: keys.Runner, Email: "gpu1@example.edu", Key: publicLine(runner)},
-		{User: "ada", Role: keys.Student, Email: "ada@example.edu", Key: publicLine(student)}} {
+	for _, e := range []keys.Enrollment{{User: "gpu1", Role: keys.Runner, Email: "gpu1@example.edu", Key: dialtest.Line(runner)},
+		{User: "ada", Role: keys.Student, Email: "ada@example.edu", Key: dialtest.Line(student)}} {
 		if _, _, err := srv.Enrol(ctx, e, "bench"); err != nil {
 			b.Fatal(err)
 		}
@@ -315,20 +315,6 @@ func (r *idleRunner) session(c *ssh.Client) (*ssh.Session, io.Writer, io.Reader)
 	}
 	return s, in, out
 }
-
-func (b *bench) signer() ssh.Signer {
-	_, private, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		b.Fatal(err)
-	}
-	s, err := ssh.NewSignerFromKey(private)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return s
-}
-
-func publicLine(s ssh.Signer) string { return string(ssh.MarshalAuthorizedKey(s.PublicKey())) }
 
 func (b *bench) dial(addr string, key ssh.Signer) *ssh.Client {
 	c, err := ssh.Dial("tcp", addr, &ssh.ClientConfig{User: "rai", HostKeyCallback: ssh.InsecureIgnoreHostKey(),

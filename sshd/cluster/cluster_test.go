@@ -2,8 +2,6 @@ package cluster
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -18,6 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/keys/dial/dialtest"
 	"github.com/rai-project/raid/sshd/door"
 	"github.com/rai-project/raid/sshd/store"
 	"github.com/rai-project/raid/sshd/store/redistest"
@@ -51,7 +50,7 @@ type house struct {
 }
 
 func newTown(t *testing.T, n int) *town {
-	tn := &town{t: t, redis: redistest.Start(t), host: newKey(t), ada: newKey(t)}
+	tn := &town{t: t, redis: redistest.Start(t), host: dialtest.Signer(t), ada: dialtest.Signer(t)}
 	for range n {
 		tn.build()
 	}
@@ -60,7 +59,7 @@ func newTown(t *testing.T, n int) *town {
 
 func (tn *town) build() *house {
 	tn.t.Helper()
-	h := &house{t: tn.t, town: tn, name: fmt.Sprint("raid", len(tn.raids)), own: newKey(tn.t), fail: make(chan error), redis: make(chan string, 16)}
+	h := &house{t: tn.t, town: tn, name: fmt.Sprint("raid", len(tn.raids)), own: dialtest.Signer(tn.t), fail: make(chan error), redis: make(chan string, 16)}
 	redis, err := store.OpenRedis(tn.t.Context(), store.RedisOptions{URL: tn.redis.URL()})
 	if err != nil {
 		tn.t.Fatal(err)
@@ -235,19 +234,6 @@ func (h *house) waiter() func() (int, string) {
 	}
 }
 
-func newKey(t *testing.T) ssh.Signer {
-	t.Helper()
-	_, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := ssh.NewSignerFromKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key
-}
-
 // One raid leads, the others are doors to it; when it stops, another one leads at once.
 func TestOneLeads(t *testing.T) {
 	tn := newTown(t, 3)
@@ -341,7 +327,7 @@ func TestStrangerIsNoDoor(t *testing.T) {
 	h := tn.leader()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	for _, key := range []ssh.Signer{newKey(t), tn.ada} {
+	for _, key := range []ssh.Signer{dialtest.Signer(t), tn.ada} {
 		if link, err := door.Dial(ctx, h.addr, key, tn.host.PublicKey()); err == nil {
 			t.Error("a stranger has a link to the leader")
 			link.Close()

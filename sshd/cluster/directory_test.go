@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/rai-project/raid/keys/dial/dialtest"
 	"github.com/rai-project/raid/sshd/store"
 )
 
@@ -16,7 +17,7 @@ import (
 // it is asked again; that it knows nobody by a key is an answer.
 func TestDirectory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		raid, stranger := newKey(t).PublicKey(), newKey(t).PublicKey()
+		raid, stranger := dialtest.Signer(t).PublicKey(), dialtest.Signer(t).PublicKey()
 		there, asked := true, 0
 		d := directory{known: map[string]store.Member{}, ask: func(ctx context.Context, print string) (store.Member, error) {
 			asked++

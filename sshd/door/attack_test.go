@@ -14,20 +14,21 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/keys/dial/dialtest"
 )
 
 // Each test here attacks one or more of the defects that the package comment lists.
 
 // Defects a, n, q: nothing works without keys, Authorize and Handle.
 func TestNewRefuses(t *testing.T) {
-	key := []ssh.Signer{newKey(t)}
+	key := []ssh.Signer{dialtest.Signer(t)}
 	authorize := func(context.Context, ssh.PublicKey, netip.AddrPort) (keys.Identity, error) {
 		return keys.Identity{}, nil
 	}
 	handle := func(context.Context, *Session) int { return 0 }
 	for name, cfg := range map[string]Config{
 		"no host key":   {Authorize: authorize, Handle: handle},
-		"two of a type": {HostKeys: []ssh.Signer{newKey(t), newKey(t)}, Authorize: authorize, Handle: handle},
+		"two of a type": {HostKeys: []ssh.Signer{dialtest.Signer(t), dialtest.Signer(t)}, Authorize: authorize, Handle: handle},
 		"no Authorize":  {HostKeys: key, Handle: handle},
 		"no Handle":     {HostKeys: key, Authorize: authorize},
 	} {
@@ -74,7 +75,7 @@ func (s stolen) Sign(r io.Reader, data []byte) (*ssh.Signature, error) { return 
 func TestIdentityIsTheKeyThatSigned(t *testing.T) {
 	who := make(chan keys.Identity, 1)
 	h := open(t, Config{Handle: func(ctx context.Context, s *Session) int { who <- s.Who; return 0 }})
-	stranger := newKey(t)
+	stranger := dialtest.Signer(t)
 	offered := stolen{h.ada.PublicKey(), func(io.Reader, []byte) (*ssh.Signature, error) { return nil, errors.New("cannot sign") }}
 	cfg := clientConfig("bob", offered)
 	cfg.AuthCallback = func(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {

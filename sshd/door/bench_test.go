@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/rai-project/raid/keys/dial/dialtest"
 )
 
 // benchHandler takes "up" (stdin), "down N" (bytes) and nothing.
@@ -195,7 +197,7 @@ func TestIdleClients(t *testing.T) {
 		t.Skip("only for BenchmarkIdleMemory")
 	}
 	h := &house{addr: addr}
-	key := newKey(t)
+	key := dialtest.Signer(t)
 	for range idleClients {
 		s := session(t, h.dial(t, key))
 		out, _ := s.StdoutPipe()

@@ -3,8 +3,6 @@ package door
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/keys/dial/dialtest"
 )
 
 // patience bounds what must happen soon; reaching it is a failure.
@@ -59,9 +58,9 @@ func (h *house) listen(t testing.TB) {
 
 func build(t testing.TB, cfg Config) *house {
 	t.Helper()
-	h := &house{ada: newKey(t), bob: newKey(t)}
+	h := &house{ada: dialtest.Signer(t), bob: dialtest.Signer(t)}
 	if cfg.HostKeys == nil {
-		cfg.HostKeys = []ssh.Signer{newKey(t)}
+		cfg.HostKeys = []ssh.Signer{dialtest.Signer(t)}
 	}
 	if cfg.Authorize == nil {
 		cfg.Authorize = h.enrolled
@@ -120,19 +119,6 @@ func (h *house) logged() string {
 		log += h.front.logged()
 	}
 	return log
-}
-
-func newKey(t testing.TB) ssh.Signer {
-	t.Helper()
-	_, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := ssh.NewSignerFromKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key
 }
 
 func clientConfig(user string, key ...ssh.Signer) *ssh.ClientConfig {

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/rai-project/raid/keys"
+	"github.com/rai-project/raid/keys/dial/dialtest"
 )
 
 // throughAnother makes open put another door in front of the house.
@@ -39,8 +40,8 @@ func TestThroughAnotherDoor(t *testing.T) {
 // openTwo starts a house whose clients come through another door.
 func openTwo(t testing.TB, cfg Config) *house {
 	t.Helper()
-	own := newKey(t)
-	cfg.HostKeys = []ssh.Signer{newKey(t)}
+	own := dialtest.Signer(t)
+	cfg.HostKeys = []ssh.Signer{dialtest.Signer(t)}
 	var h *house
 	asked := cfg.Authorize
 	cfg.Authorize = func(ctx context.Context, key ssh.PublicKey, from netip.AddrPort) (keys.Identity, error) {
@@ -99,8 +100,8 @@ func TestOnlyDoorsCarry(t *testing.T) {
 // TestNoWaitOnTheLink: whether a stranger is another raid may take long to find out. Only
 // those who log in here wait for it; through a link strangers are answered at once.
 func TestNoWaitOnTheLink(t *testing.T) {
-	own, raid := newKey(t), newKey(t)
-	cfg := Config{HostKeys: []ssh.Signer{newKey(t)}, Handle: func(context.Context, *Session) int { return 0 }}
+	own, raid := dialtest.Signer(t), dialtest.Signer(t)
+	cfg := Config{HostKeys: []ssh.Signer{dialtest.Signer(t)}, Handle: func(context.Context, *Session) int { return 0 }}
 	cfg.Authorize = func(context.Context, ssh.PublicKey, netip.AddrPort) (keys.Identity, error) {
 		return keys.Identity{Role: keys.Guest}, nil
 	}
