@@ -115,14 +115,19 @@ func (b *Bucket) Adopt(ctx context.Context, path string, limit int64) (Key, int6
 	return adopt(ctx, b, path, limit)
 }
 
+// own returns where k is, with nobody else of this process at it until unlock.
+func (b *Bucket) own(ctx context.Context, k Key) (name string, unlock func(), err error) {
+	if name, err = b.name(k); err != nil {
+		return "", nil, err
+	}
+	unlock, err = b.lock(ctx, k)
+	return name, unlock, err
+}
+
 // place uploads file, unless its bytes are there: then they only become young. Two who
 // bring the same at once take turns, and the second finds what the first brought.
 func (b *Bucket) place(ctx context.Context, file *os.File, k Key, size int64) error {
-	name, err := b.name(k)
-	if err != nil {
-		return err
-	}
-	unlock, err := b.lock(ctx, k)
+	name, unlock, err := b.own(ctx, k)
 	if err != nil {
 		return err
 	}
@@ -245,11 +250,7 @@ func (b *Bucket) RemoveBefore(ctx context.Context, k Key, t time.Time) (bool, er
 
 // Renew is as Store says.
 func (b *Bucket) Renew(ctx context.Context, k Key) error {
-	name, err := b.name(k)
-	if err != nil {
-		return err
-	}
-	unlock, err := b.lock(ctx, k)
+	name, unlock, err := b.own(ctx, k)
 	if err != nil {
 		return err
 	}
